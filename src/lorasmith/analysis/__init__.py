@@ -1,0 +1,49 @@
+"""Adapter algebra on plain tensors: spectrum, truncation, combination, overlap, extraction, survival.
+
+Pure functions. Through QR of the (stacked) factors in float64 wherever the result is low-rank, so
+delta is never formed unless a docstring says so.
+
+May import: lora, errors.
+"""
+
+from lorasmith.analysis.amplification import Amplification, amplification
+from lorasmith.analysis.combine import Combined, Method, combine, subtract
+from lorasmith.analysis.compare import Comparison, compare, overlap_grid, subspace_overlap
+from lorasmith.analysis.extract import Extracted, ExtractErrors, extract_from_full, looks_linear
+from lorasmith.analysis.spectrum import Spectrum, singular_values, spectra, spectrum, svd
+from lorasmith.analysis.storage import Storage, as_stored
+from lorasmith.analysis.survival import Survival, SurvivalReport, survival, survival_report
+from lorasmith.analysis.tensors import open_tensors
+from lorasmith.analysis.truncate import RelativeError, relative_error, truncate
+
+__all__ = [
+    "Amplification",
+    "Combined",
+    "Comparison",
+    "ExtractErrors",
+    "Extracted",
+    "Method",
+    "RelativeError",
+    "Spectrum",
+    "Storage",
+    "Survival",
+    "SurvivalReport",
+    "amplification",
+    "as_stored",
+    "combine",
+    "compare",
+    "extract_from_full",
+    "looks_linear",
+    "open_tensors",
+    "overlap_grid",
+    "relative_error",
+    "singular_values",
+    "spectra",
+    "spectrum",
+    "subspace_overlap",
+    "subtract",
+    "survival",
+    "survival_report",
+    "svd",
+    "truncate",
+]

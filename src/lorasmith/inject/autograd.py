@@ -1,0 +1,175 @@
+"""The lean LoRA forward and backward, written by hand, for linear layers that share one input.
+
+Semantics, for each layer i of the group:
+    xd  = x ⊙ mask / (1 − p)          (only with dropout; the mask is remade from its seed)
+    y_i = x @ W_iᵀ + b_i + scaling_i · (xd @ A_iᵀ) @ B_iᵀ
+Saved for backward: x itself (no copy, no cast) and u = xd @ [A_1; A_2; …]ᵀ, which is Σ rank wide.
+That is tokens · Σ rank · itemsize bytes on top of x, which the base's own backward would not
+keep, since its weights are frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+PARTS = 4  # tensors per layer: W, b, A, B
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the layers of one group are, besides their tensors.
+
+    Attributes:
+        scalings: of each layer.
+        transposed: of each layer: W is stored (in_features, out_features).
+        dropout: share of the low-rank branch's input that is zeroed; 0 outside training.
+        seed: of the dropout mask.
+    """
+
+    scalings: tuple[float, ...]
+    transposed: tuple[bool, ...]
+    dropout: float = 0.0
+    seed: int = 0
+
+
+def lora_linears(x: Tensor, spec: Spec, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Outputs of every layer of the group.
+
+    Args:
+        x: (…, in_features).
+        tensors: W, b or None, A and B of each layer in turn. A and B may be wider than x
+            (float32 masters over bfloat16): the product is formed in x's dtype.
+    """
+    if torch.is_grad_enabled():
+        return LoRALinears.apply(x, spec, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+    return _outputs(x, spec, tensors)[0]
+
+
+class LoRALinears(torch.autograd.Function):
+    """Autograd node of `lora_linears`."""
+
+    @staticmethod
+    def forward(x: Tensor, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """Outputs of each layer, then u, which only backward uses."""
+        outputs, u = _outputs(x, spec, tensors)
+        return (*outputs, u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep x, u and references to the weights."""
+        x, spec, *tensors = inputs
+        ctx.spec = spec
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, output[-1], *tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of each layer's tensors, in the order of `forward`."""
+        x, u, *tensors = ctx.saved_tensors
+        return _gradients(x, u, ctx.spec, tensors, grads[:-1], ctx.needs_input_grad)
+
+
+def _outputs(x: Tensor, spec: Spec, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], Tensor]:
+    layers = _layers(tensors)
+    flat = x.reshape(-1, x.shape[-1])
+    xd = flat * dropout_mask(flat, spec) if spec.dropout else flat
+    u = xd @ _stacked_A(layers, x.dtype).T
+    outputs, start = [], 0
+    for (W, b, A, B), scaling, transposed in zip(layers, spec.scalings, spec.transposed, strict=True):
+        y = base_linear(x, W, b, transposed=transposed)
+        part = u[:, start : start + A.shape[0]]
+        y.view(-1, y.shape[-1]).addmm_(part, (B.to(x.dtype) * scaling).T)
+        outputs.append(y)
+        start += A.shape[0]
+    return tuple(outputs), u
+
+
+def _gradients(
+    x: Tensor,
+    u: Tensor,
+    spec: Spec,
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    layers = _layers(tensors)
+    flat = x.reshape(-1, x.shape[-1])
+    mask = dropout_mask(flat, spec) if spec.dropout else None
+    dx: Tensor | None = None
+    du = torch.zeros_like(u) if any(g is None for g in grads) else torch.empty_like(u)
+    results: list[Tensor | None] = []
+    start = 0
+    for i, ((W, b, A, B), grad) in enumerate(zip(layers, grads, strict=True)):
+        columns = slice(start, start + A.shape[0])
+        start += A.shape[0]
+        if grad is None:
+            results += [None] * PARTS
+            continue
+        needs_W, needs_b, _, needs_B = needs[2 + PARTS * i : 2 + PARTS * (i + 1)]
+        g = grad.reshape(-1, grad.shape[-1])
+        du[:, columns] = g @ (B.to(g.dtype) * spec.scalings[i])
+        if needs[0]:
+            out_by_in = W.T if spec.transposed[i] else W
+            dx = g @ out_by_in if dx is None else dx.addmm_(g, out_by_in)
+        dW = (flat.T @ g if spec.transposed[i] else g.T @ flat) if needs_W else None
+        db = g.sum(0, dtype=b.dtype) if needs_b and b is not None else None
+        dB = (g.T @ u[:, columns]).to(B.dtype).mul_(spec.scalings[i]) if needs_B else None
+        results += [dW, db, None, dB]
+    _add_low_rank_gradients(flat, du, mask, layers, results, needs)
+    if dx is not None:
+        low_rank = _stacked_A(layers, du.dtype)
+        dx = dx.addmm_(du, low_rank) if mask is None else dx.add_((du @ low_rank).mul_(mask))
+        dx = dx.view(x.shape)
+    return (dx, None, *results)
+
+
+def _add_low_rank_gradients(
+    flat: Tensor,
+    du: Tensor,
+    mask: Tensor | None,
+    layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]],
+    results: list[Tensor | None],
+    needs: Sequence[bool],
+) -> None:
+    if not any(needs[2 + PARTS * i + 2] for i in range(len(layers))):
+        return
+    stacked = du.T @ (flat if mask is None else flat * mask)
+    for i, part in enumerate(torch.split(stacked, [A.shape[0] for _, _, A, _ in layers])):
+        if needs[2 + PARTS * i + 2]:
+            results[PARTS * i + 2] = part.to(layers[i][2].dtype)
+
+
+def base_linear(x: Tensor, W: Tensor, b: Tensor | None, *, transposed: bool) -> Tensor:
+    """The frozen layer by the very calls that `nn.Linear` and `Conv1D` make, so bits agree."""
+    if not transposed:
+        return F.linear(x, W, b)
+    flat = x.view(-1, x.shape[-1])
+    y = torch.mm(flat, W) if b is None else torch.addmm(b, flat, W)
+    return y.view(*x.shape[:-1], W.shape[1])
+
+
+def dropout_mask(x: Tensor, spec: Spec) -> Tensor:
+    """0 or 1/(1 − p) for each element of x, the same for the same seed."""
+    generator = torch.Generator(device=x.device).manual_seed(spec.seed)
+    keep = 1 - spec.dropout
+    return torch.empty_like(x).bernoulli_(keep, generator=generator).div_(keep)
+
+
+def _layers(tensors: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
+    quadruples = (tensors[i : i + PARTS] for i in range(0, len(tensors), PARTS))
+    return [(W, b, A, B) for W, b, A, B in quadruples]  # type: ignore[misc]
+
+
+def _stacked_A(layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    if len(layers) == 1:
+        return layers[0][2].to(dtype)
+    return torch.cat([A for _, _, A, _ in layers]).to(dtype)

@@ -1,0 +1,30 @@
+"""The mathematics of LoRA on plain tensors: config, factors, initialisation, delta, merge arithmetic.
+
+W = W0 + scaling · B @ A with W0 frozen, A random, B zero at the start (Hu et al., arXiv 2106.09685).
+The value that passes between rooms is an `Adapter`: a config and a map from module path to `Factors`.
+
+May import: errors.
+"""
+
+from lorasmith.lora.adapter import Adapter
+from lorasmith.lora.config import BiasMode, InitName, LoRAConfig
+from lorasmith.lora.delta import add_delta, compute_dtype, delta
+from lorasmith.lora.factors import Factors
+from lorasmith.lora.init import generator_for, init_factors
+from lorasmith.lora.source import FileSource, file_source_of, set_file_source
+
+__all__ = [
+    "Adapter",
+    "BiasMode",
+    "Factors",
+    "FileSource",
+    "InitName",
+    "LoRAConfig",
+    "add_delta",
+    "compute_dtype",
+    "delta",
+    "file_source_of",
+    "generator_for",
+    "init_factors",
+    "set_file_source",
+]

@@ -1,0 +1,33 @@
+"""One loop: one adapter on one base, or every weight; packed, accumulated, resumable to the bit.
+
+May import: inject, lora, formats, data, bases, planning, errors.
+"""
+
+from lorasmith.train.config import TrainConfig, default_lr
+from lorasmith.train.evaluate import EvalLoss, evaluate_loss
+from lorasmith.train.loop import train
+from lorasmith.train.loss import Head, cross_entropy
+from lorasmith.train.outputs import commit, plot_loss, read_metrics, versions, write_atomically
+from lorasmith.train.parts import Parts, split_model
+from lorasmith.train.result import TrainResult
+from lorasmith.train.show import Show, peak_rss_bytes
+
+__all__ = [
+    "EvalLoss",
+    "Head",
+    "Parts",
+    "Show",
+    "TrainConfig",
+    "TrainResult",
+    "commit",
+    "cross_entropy",
+    "default_lr",
+    "evaluate_loss",
+    "peak_rss_bytes",
+    "plot_loss",
+    "read_metrics",
+    "split_model",
+    "train",
+    "versions",
+    "write_atomically",
+]

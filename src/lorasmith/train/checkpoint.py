@@ -1,0 +1,165 @@
+"""Everything that a bit-identical resume needs, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorasmith.errors import OutputError, TrainingError
+
+KEPT = 2
+
+
+@dataclass
+class Progress:
+    """Where a run stands after `step` optimizer steps.
+
+    Attributes:
+        identity: what must be the same for the run to go on: settings, data and base fingerprints.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    train_s: float = 0.0
+    best_step: int | None = None
+    best_loss: float | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path, progress: Progress, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write `folder/step-…` whole or not at all; keep the last two and the best."""
+    target = folder / f"step-{progress.step:08d}"
+    temporary = folder / f".step-{progress.step:08d}.{os.getpid()}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(_tensors(parameters, optimizer), temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=2))
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        _sync(folder)
+    except OSError as error:
+        raise OutputError(
+            f"The checkpoint {target} could not be written: {error}. The last one is intact."
+        ) from error
+    _prune(folder, progress.best_step)
+    return target
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    found = sorted(folder.glob("step-*")) if folder.is_dir() else []
+    return found[-1] if found else None
+
+
+def load_checkpoint(
+    path: Path,
+    identity: Mapping[str, Any],
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> Progress:
+    """Put parameters, optimizer and random state back; returns where the run stood.
+
+    Raises:
+        TrainingError: the checkpoint is damaged, or belongs to a run with other settings, data or base.
+    """
+    try:
+        progress = Progress(**json.loads((path / "state.json").read_text()))
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise TrainingError(
+            f"The checkpoint {path} cannot be read ({error}). Delete it to go on from the one before."
+        ) from error
+    _check_identity(path, progress.identity, identity)
+    _restore(path, tensors, parameters, optimizer)
+    return progress
+
+
+def checkpoint_parameters(path: Path) -> dict[str, Tensor]:
+    """The trained tensors of a checkpoint, by parameter name."""
+    tensors = load_file(path / "state.safetensors")
+    return {name.removeprefix("param/"): t for name, t in tensors.items() if name.startswith("param/")}
+
+
+def _tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {f"param/{name}": p.detach().contiguous() for name, p in parameters.items()}
+    for name, p in parameters.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"{key}/{name}"] = value.detach().contiguous()
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_initialized():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+@torch.no_grad()
+def _restore(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    missing = [name for name in parameters if f"param/{name}" not in tensors]
+    if missing:
+        raise TrainingError(
+            f"The checkpoint {path} lacks {len(missing)} parameters, {missing[0]} among them."
+        )
+    for name, p in parameters.items():
+        p.copy_(tensors[f"param/{name}"])
+        state = {
+            key: tensors[f"{key}/{name}"]
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"{key}/{name}" in tensors
+        }
+        if state:
+            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+
+
+def _check_identity(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    lines = [
+        f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if lines:
+        raise TrainingError(
+            f"{path} belongs to another run; going on would mix the two:\n  "
+            + "\n  ".join(lines)
+            + "\n  Resume with the same settings, or choose another output folder."
+        )
+
+
+def _prune(folder: Path, best_step: int | None) -> None:
+    found = sorted(folder.glob("step-*"))
+    for path in found[:-KEPT]:
+        if path.name != f"step-{best_step or 0:08d}":
+            shutil.rmtree(path, ignore_errors=True)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

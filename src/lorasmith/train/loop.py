@@ -1,0 +1,421 @@
+"""`train`: from a base, data and settings to an adapter on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.bases import Base, load_base
+from lorasmith.data import Encoded, Example, RecordSet, Steps, encode, fingerprint, read_records, steps
+from lorasmith.errors import OutputError, TrainingError
+from lorasmith.formats import write_adapter
+from lorasmith.inject import eject, extract, group_shared_inputs, inject, lora_layers, ungroup
+from lorasmith.lora import Adapter, LoRAConfig
+from lorasmith.train.batch import Layout, choose_layout
+from lorasmith.train.checkpoint import (
+    Progress,
+    checkpoint_parameters,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from lorasmith.train.config import TrainConfig
+from lorasmith.train.evaluate import evaluate_loss
+from lorasmith.train.forward import Forward
+from lorasmith.train.outputs import Metrics, commit, plot_loss, read_metrics, versions, write_atomically
+from lorasmith.train.result import TrainResult
+from lorasmith.train.show import Show, peak_rss_bytes
+
+
+def train(
+    base: Base | str,
+    data: Any,
+    config: LoRAConfig | None = None,
+    train_config: TrainConfig | None = None,
+    *,
+    out: str | Path,
+    eval_data: Any = None,
+    resume: bool = False,
+    quiet: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> TrainResult:
+    """Train one adapter and write it to `out/adapter`, with metrics, settings and a plot beside it.
+
+    The base is left as it was: LoRA is taken off again and the modes are restored.
+
+    Args:
+        base: a loaded base, or a name for `load_base`.
+        data: a path, a `datasets.Dataset`, or any iterable of records (see `read_records`).
+        eval_data: held-out records; the adapter of the lowest loss on them is kept.
+        resume: go on from the newest checkpoint in `out`; from the start where there is none.
+        on_step: called after each optimizer step with its number.
+
+    Raises:
+        DataError: nothing to train on. ConfigError, TargetError: settings that cannot work.
+        TrainingError: the loss or gradient is not finite, or a checkpoint belongs to another run.
+        OutputError: `out` holds another run, or cannot be written.
+    """
+    started = time.monotonic()
+    config, settings = config or LoRAConfig(), train_config or TrainConfig()
+    loaded = load_base(base) if isinstance(base, str) else base
+    sets = _Sets.read(loaded, data, eval_data, settings)
+    folder = _prepare_folder(Path(out), resume)
+    width = int(getattr(loaded.model.config, "hidden_size", 576))
+    run = _Run(loaded, config, settings.resolved(width=width), sets, folder, quiet=quiet)
+    with run.adapted_model():
+        return run.go(resume=resume, started=started, on_step=on_step)
+
+
+@dataclass(frozen=True)
+class _Sets:
+    train: Encoded
+    evaluation: Encoded | None
+    problems: list[str]
+
+    @classmethod
+    def read(cls, base: Base, data: Any, eval_data: Any, settings: TrainConfig) -> _Sets:
+        problems: list[str] = []
+
+        def load(source: Any) -> Encoded:
+            records = source if isinstance(source, RecordSet) else read_records(source)
+            encoded = encode(records, base.tokenizer, max_length=settings.max_length)
+            problems.extend(f"line {p.line}: {p.message}" for p in (*records.problems, *encoded.problems))
+            return encoded
+
+        return cls(load(data), load(eval_data) if eval_data is not None else None, problems)
+
+
+class _Run:
+    def __init__(
+        self, base: Base, config: LoRAConfig, settings: TrainConfig, sets: _Sets, folder: Path, *, quiet: bool
+    ) -> None:
+        self.base, self.config, self.settings, self.sets = base, config, settings, sets
+        self.folder, self.quiet = folder, quiet
+        self.model: nn.Module = base.model
+        self.examples: list[Example] = sets.train.examples
+        plan = steps(
+            self.examples, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed
+        )
+        self.plan: Steps = plan
+        self.total = min(len(plan), settings.max_steps or len(plan))
+        self.eval_every = settings.eval_every or max(1, math.ceil(self.total / 5))
+        self.save_every = settings.save_every or max(1, math.ceil(self.total / 10))
+        self.losses: deque[float] = deque(maxlen=max(1, self.total // 10))
+        self.best: dict[str, Tensor] | None = None
+
+    @contextmanager
+    def adapted_model(self) -> Iterator[None]:
+        """LoRA on and the layers in training mode inside; the base as it was outside."""
+        modes = {module: module.training for module in self.model.modules()}
+        wanted = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        is_lora = self.settings.method == "lora"
+        self.report = inject(self.model, self.config, seed=self.settings.seed) if is_lora else None
+        if not is_lora:
+            self.model.requires_grad_(True)
+        self._set_training_modes()
+        try:
+            yield
+        finally:
+            if is_lora:
+                ungroup(self.model)
+                eject(self.model)
+            for module, mode in modes.items():
+                module.training = mode
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(wanted.get(name, False))
+
+    def _set_training_modes(self) -> None:
+        # The base's own dropout stays off; only LoRA's is part of the method.
+        self.model.eval()
+        for layer in lora_layers(self.model).values():
+            layer.training = True
+        if self.settings.checkpoint_layers:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in self.model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = True
+
+    def go(self, *, resume: bool, started: float, on_step: Callable[[int], None] | None) -> TrainResult:
+        torch.manual_seed(self.settings.seed)
+        self.forward = Forward(self.model, label_smoothing=self.settings.label_smoothing)
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = self._make_optimizer()
+        self.layout = self._choose_layout()
+        if self.settings.method == "lora":
+            group_shared_inputs(self.model, self.forward.probe)
+        torch.manual_seed(self.settings.seed)
+        self.progress = self._resume() if resume else Progress(identity=self._identity())
+        resumed = self.progress.step if resume and self.progress.step else None
+        self._write_run_file()
+        metrics = Metrics(self.folder / "metrics.jsonl", resumed_step=self.progress.step)
+        with Show(self.total, start=self.progress.step, quiet=self.quiet) as show, _Signals() as signals:
+            self._announce(show)
+            try:
+                self._steps(show, metrics, signals, on_step)
+            finally:
+                metrics.close()
+        if not signals.received:
+            self._save()
+        adapter = self._finish(interrupted=signals.received)
+        return self._result(adapter, started, resumed, interrupted=signals.received)
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        s = self.settings
+        return torch.optim.AdamW(
+            self.parameters.values(), lr=s.lr or 0.0, betas=s.betas, weight_decay=s.weight_decay, fused=True
+        )
+
+    def _choose_layout(self) -> Layout:
+        order = [self.plan[k] for k in range(min(self.total, self.plan.per_epoch))]
+        can_mask = self.settings.packing != "none" and self.forward.can_mask(self.sets.train.stats.longest)
+        return choose_layout(
+            self.settings.packing, self.examples, order, can_mask=can_mask, dropout=self.config.dropout
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        settings = self.settings.to_dict()
+        for harmless in ("save_every",):
+            settings.pop(harmless)
+        return {
+            **{f"train.{k}": v for k, v in settings.items()},
+            **{f"lora.{k}": v for k, v in self.config.to_dict().items()},
+            "base": self.base.fingerprint.digest,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "data": fingerprint(self.examples),
+            "threads": torch.get_num_threads(),
+        }
+
+    def _resume(self) -> Progress:
+        path = latest_checkpoint(self.folder / "checkpoints")
+        if path is None:
+            return Progress(identity=self._identity())
+        progress = load_checkpoint(path, self._identity(), self.parameters, self.optimizer)
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        self.losses.extend(row["loss"] for row in rows if "loss" in row and row["step"] <= progress.step)
+        if progress.best_step is not None:
+            best = self.folder / "checkpoints" / f"step-{progress.best_step:08d}"
+            self.best = checkpoint_parameters(best)
+        return progress
+
+    def _write_run_file(self) -> None:
+        record = {
+            "lora": self.config.to_dict(),
+            "train": self.settings.to_dict(),
+            "base": self.base.name,
+            "base_fingerprint": self.base.fingerprint.to_dict(),
+            "data_fingerprint": fingerprint(self.examples),
+            "data": asdict(self.sets.train.stats),
+            "layout": {"packing": self.layout.packing, "reason": self.layout.reason},
+            "steps": self.total,
+            "versions": versions(),
+            "commit": commit(),
+        }
+        write_atomically(self.folder / "run.json", json.dumps(record, indent=2) + "\n")
+
+    def _announce(self, show: Show) -> None:
+        stats = self.sets.train.stats
+        show.say(
+            f"data: {stats.examples} examples, {stats.tokens:,} tokens, {stats.supervised_tokens:,} carry loss"
+            + (f"; {stats.truncated_examples} prompts cut on the left" if stats.truncated_examples else "")
+        )
+        for line in self.sets.problems[:5]:
+            show.say(f"  left out or odd – {line}")
+        if len(self.sets.problems) > 5:
+            show.say(f"  … and {len(self.sets.problems) - 5} more: `lorasmith data check` lists them")
+        if self.report is not None:
+            show.say(str(self.report))
+        show.say(f"packing: {self.layout.packing} ({self.layout.reason})")
+        show.say(
+            f"{self.total} steps of {self.settings.batch_size} sequences, peak learning rate {self.settings.lr:.2g}, "
+            f"base in {self.base.dtype_reason}"
+        )
+        if self.progress.step:
+            show.say(f"resuming after step {self.progress.step}")
+
+    def _steps(
+        self, show: Show, metrics: Metrics, signals: _Signals, on_step: Callable[[int], None] | None
+    ) -> None:
+        p = self.progress
+        if p.step == 0 and self.sets.evaluation is not None:
+            metrics.add(step=0, eval_loss=self._evaluate())
+        while p.step < self.total and not signals.received:
+            started = time.monotonic()
+            indices = self.plan[p.step]
+            lr = self.settings.lr_at(p.step, self.total)
+            loss, norm = self._step(indices, lr)
+            seconds = time.monotonic() - started
+            tokens = sum(len(self.examples[i]) for i in indices)
+            p.step, p.tokens, p.train_s = p.step + 1, p.tokens + tokens, p.train_s + seconds
+            p.supervised_tokens += sum(int(self.examples[i].supervised.sum()) for i in indices)
+            self.losses.append(loss)
+            metrics.add(
+                step=p.step,
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                tokens=tokens,
+                tokens_per_s=tokens / seconds,
+                step_s=seconds,
+                peak_rss_bytes=peak_rss_bytes(),
+            )
+            show.step(p.step, loss=sum(self.losses) / len(self.losses), rate=p.tokens / p.train_s)
+            self._evaluate_and_save(show, metrics)
+            if on_step is not None:
+                on_step(p.step)
+        if signals.received and p.step < self.total:
+            self._save()
+            show.say(
+                f"stopped after step {p.step} of {self.total}; the checkpoint is saved, go on with --resume"
+            )
+
+    def _step(self, indices: Sequence[int], lr: float) -> tuple[float, float]:
+        """One optimizer step; the parameters change only if loss and gradient are finite."""
+        batches = self.layout.batches(self.examples, indices, batch_tokens=self.settings.batch_tokens)
+        supervised = sum(len(batch.targets) for batch in batches)
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            loss = self.forward.loss_sum(batch)
+            (loss / supervised).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach().double().cpu()
+        mean = total.item() / supervised
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip))
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            self._fail(mean, norm, lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return mean, norm
+
+    def _fail(self, loss: float, norm: float, lr: float) -> None:
+        if self.progress.step:
+            self._save()
+        raise TrainingError(
+            f"Step {self.progress.step + 1}: loss {loss}, gradient norm {norm}, at learning rate {lr:.2g}. "
+            f"The state after step {self.progress.step} is good and was kept"
+            + (f" in {self.folder / 'checkpoints'}" if self.progress.step else " (nothing was trained yet)")
+            + ". Use a lower learning rate, or look at the data of this step: "
+            f"examples {self.plan[self.progress.step]}."
+        )
+
+    def _evaluate(self) -> float:
+        assert self.sets.evaluation is not None
+        return evaluate_loss(self.forward, self.sets.evaluation.examples, layout=self.layout).loss
+
+    def _evaluate_and_save(self, show: Show, metrics: Metrics) -> None:
+        p = self.progress
+        is_best = False
+        if self.sets.evaluation is not None and (p.step % self.eval_every == 0 or p.step == self.total):
+            loss = self._evaluate()
+            metrics.add(step=p.step, eval_loss=loss)
+            show.say(f"step {p.step}: evaluation loss {loss:.4f}")
+            is_best = p.best_loss is None or loss < p.best_loss
+            if is_best:
+                p.best_step, p.best_loss = p.step, loss
+                self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
+        if is_best or p.step % self.save_every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        save_checkpoint(self.folder / "checkpoints", self.progress, self.parameters, self.optimizer)
+
+    def _finish(self, *, interrupted: bool) -> Adapter | None:
+        plot_loss(self.folder / "metrics.jsonl", self.folder / "loss.png")
+        if interrupted:
+            return None
+        if self.best is not None:
+            with torch.no_grad():
+                for name, value in self.best.items():
+                    self.parameters[name].copy_(value)
+        if self.settings.method == "full":
+            self.base.model.save_pretrained(self.folder / "model")
+            self.base.tokenizer.save_pretrained(self.folder / "model")
+            return None
+        adapter = extract(self.model)
+        adapter.provenance = self._provenance()
+        write_adapter(adapter, self.folder / "adapter", base_name=self.base.name)
+        return adapter
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "base": {"name": self.base.name, "fingerprint": self.base.fingerprint.to_dict()},
+            "data_fingerprint": fingerprint(self.examples),
+            "run": {"lora": self.config.to_dict(), "train": self.settings.to_dict()},
+            "versions": versions(),
+        }
+
+    def _result(
+        self, adapter: Adapter | None, started: float, resumed: int | None, *, interrupted: bool
+    ) -> TrainResult:
+        p = self.progress
+        parameters = list(self.model.parameters())
+        return TrainResult(
+            adapter=adapter,
+            adapter_dir=self.folder / ("adapter" if self.settings.method == "lora" else "model"),
+            steps=p.step,
+            train_loss=sum(self.losses) / len(self.losses) if self.losses else None,
+            eval_loss=p.best_loss,
+            tokens_per_s=p.tokens / p.train_s if p.train_s else 0.0,
+            tokens=p.tokens,
+            supervised_tokens=p.supervised_tokens,
+            trainable_params=sum(x.numel() for x in self.parameters.values()),
+            total_params=sum(x.numel() for x in parameters),
+            peak_rss_bytes=peak_rss_bytes(),
+            wall_s=time.monotonic() - started,
+            resumed_from_step=resumed,
+            interrupted=interrupted,
+        )
+
+
+def _prepare_folder(out: Path, resume: bool) -> Path:
+    """Make `out`; refuse to write over another run."""
+    if (out / "run.json").exists() and not resume:
+        raise OutputError(
+            f"{out} holds a run already. Choose another folder, or go on with it through --resume (resume=True)."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror or error}. Choose another folder."
+        ) from error
+    return out
+
+
+class _Signals:
+    """Notes the first SIGINT or SIGTERM, so that the run stops between two steps; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received: bool = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        signal.signal(number, self._before[number])
