@@ -25,15 +25,34 @@ _ROOM_OF = {
     "merged": "inject",
     "switch": "inject",
     "unmerge": "inject",
+    "Base": "bases",
+    "load_base": "bases",
+    "read_adapter": "formats",
+    "write_adapter": "formats",
+    "TrainConfig": "train",
+    "TrainResult": "train",
+    "train": "train",
+    "Engine": "engine",
+    "Request": "engine",
+    "Result": "engine",
+    "combine": "analysis",
+    "extract_from_full": "analysis",
+    "singular_values": "analysis",
+    "truncate": "analysis",
     "LoraSmithError": "errors",
 }
 
 __all__ = sorted([*_ROOM_OF, "__version__"])
 
 if TYPE_CHECKING:
+    from lorasmith.analysis import combine, extract_from_full, singular_values, truncate
+    from lorasmith.bases import Base, load_base
+    from lorasmith.engine import Engine, Request, Result
     from lorasmith.errors import LoraSmithError
+    from lorasmith.formats import read_adapter, write_adapter
     from lorasmith.inject import InjectReport, eject, extract, inject, merge, merged, switch, unmerge
     from lorasmith.lora import Adapter, Factors, LoRAConfig
+    from lorasmith.train import TrainConfig, TrainResult, train
 
 
 def __getattr__(name: str) -> Any:

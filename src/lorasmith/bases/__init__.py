@@ -3,10 +3,19 @@
 May import: lora, errors
 """
 
-from .builtin import BUILTINS, Builtin, builtin_directory
-from .fingerprint import Fingerprint, fingerprint_directory
-from .headers import TensorHeader, read_headers
-from .load import Base, dtype_reason, load_base, pick_dtype
+from lorasmith.bases.builtin import BUILTINS, Builtin, builtin_directory
+from lorasmith.bases.fingerprint import Fingerprint, fingerprint_directory
+from lorasmith.bases.headers import TensorHeader, read_headers
+from lorasmith.bases.load import (
+    Base,
+    base_directory,
+    dtype_reason,
+    load_base,
+    load_tokenizer,
+    match_base,
+    pick_dtype,
+    require_base,
+)
 
 __all__ = [
     "BUILTINS",
@@ -14,10 +23,14 @@ __all__ = [
     "Builtin",
     "Fingerprint",
     "TensorHeader",
+    "base_directory",
     "builtin_directory",
     "dtype_reason",
     "fingerprint_directory",
     "load_base",
+    "load_tokenizer",
+    "match_base",
     "pick_dtype",
     "read_headers",
+    "require_base",
 ]

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import BaseNotFoundError, did_you_mean
+from lorasmith.errors import BaseNotFoundError, did_you_mean
+
 from . import cache
 
 PIP_TIMEOUT_S = 900
@@ -154,7 +155,7 @@ def _convert(builtin: Builtin, gguf: Path, out: Path) -> None:
     import torch
     import transformers
 
-    from .load import quiet
+    from lorasmith.bases.load import quiet
 
     # transformers' GGUF progress bar heeds no switch; it writes to stderr.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError
+from lorasmith.errors import OutputError
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 4 << 20

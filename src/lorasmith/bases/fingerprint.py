@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BaseNotFoundError, ConfigError
+from lorasmith.bases.headers import TensorHeader, read_file_headers, read_headers, weight_files
+from lorasmith.errors import BaseNotFoundError, ConfigError
+
 from . import cache
-from .headers import TensorHeader, read_file_headers, read_headers, weight_files
 
 # Keys that say where a config came from or how it was loaded, not which model it describes.
 VOLATILE_KEYS = frozenset(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BaseNotFoundError
+from lorasmith.errors import BaseNotFoundError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BaseNotFoundError, ConfigError, did_you_mean
-from .builtin import BUILTINS, builtin_directory
-from .fingerprint import Fingerprint, fingerprint_directory
-from .headers import read_headers
+from lorasmith.bases.builtin import BUILTINS, builtin_directory
+from lorasmith.bases.fingerprint import Fingerprint, fingerprint_directory
+from lorasmith.bases.headers import read_headers
+from lorasmith.errors import BaseMismatchError, BaseNotFoundError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -74,9 +74,53 @@ def load_base(
     with quiet():
         tokenizer = _load_tokenizer(directory)
         model = _load_model(directory, chosen)
+    _note_files(model, directory)
     model.to(device).eval().requires_grad_(False)
     stops = _stop_token_ids(model, tokenizer)
     return Base(model, tokenizer, str(name), stops, directory, dtype_reason(dtype, device))
+
+
+def match_base(provenance: Mapping[str, Any], fingerprint: Fingerprint) -> bool | None:
+    """Whether an adapter's sidecar names this base; None where it names none (another tool's adapter)."""
+    noted = provenance.get("base", {}).get("fingerprint")
+    return None if noted is None else not Fingerprint.from_dict(noted).differences(fingerprint)
+
+
+def require_base(provenance: Mapping[str, Any], base: Base) -> None:
+    """Refuse an adapter that was trained on another base.
+
+    Raises:
+        BaseMismatchError: naming what differs.
+    """
+    if match_base(provenance, base.fingerprint) is False:
+        noted = provenance["base"]
+        differences = Fingerprint.from_dict(noted["fingerprint"]).differences(base.fingerprint)
+        raise BaseMismatchError(
+            f'The adapter was trained on "{noted.get("name", "a base")}", and {base.name} differs in: '
+            f"{', '.join(differences)}.\n  Load the base it was trained on, or, if you know that they agree, "
+            "pass --allow-base-mismatch."
+        )
+
+
+def base_directory(name: str | Path) -> Path:
+    """Return the directory that `name` means, checked but with nothing loaded.
+
+    Raises:
+        BaseNotFoundError: as `load_base`.
+    """
+    directory = _resolve(name)
+    _check_directory(directory)
+    return directory
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """Load a base's tokenizer alone.
+
+    Raises:
+        BaseNotFoundError: as `load_base`.
+    """
+    with quiet():
+        return _load_tokenizer(base_directory(name))
 
 
 def pick_dtype(dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> torch.dtype:
@@ -163,22 +207,40 @@ def _load_tokenizer(directory: Path) -> Any:
 
 
 def _load_model(directory: Path, dtype: torch.dtype) -> Any:
-    import transformers
-
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        try:
+            model, report = _from_pretrained(directory, dtype, "sdpa")
+        except ValueError as error:  # Gemma 2 soft-caps its attention scores, which sdpa cannot
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model, report = _from_pretrained(directory, dtype, "eager")
     except Exception as error:  # transformers raises a dozen types for a bad directory
         raise BaseNotFoundError(f"transformers can't load {directory}: {_said(error)}") from error
     _check_report(directory, report)
     return model
+
+
+def _from_pretrained(directory: Path, dtype: torch.dtype, attention: str) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+
+
+def _note_files(model: Any, directory: Path) -> None:
+    """Tell `inject` where each weight can be read again, so that an exact unmerge needs no copy."""
+    from lorasmith.lora import FileSource, set_file_source
+
+    headers = read_headers(directory)
+    names = [name for name, _ in model.named_parameters() if name in headers]
+    set_file_source(model, FileSource({name: (headers[name].file, name) for name in names}))
 
 
 def _check_report(directory: Path, report: dict[str, Any]) -> None:

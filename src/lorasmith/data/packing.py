@@ -47,7 +47,9 @@ def pack(
         share_prefixes: compute equal beginnings once per row (prefix tree); else each example
             stands alone.
     """
-    order = sorted(indices, key=lambda i: (examples[i].tokens.tolist(), i)) if share_prefixes else list(indices)
+    order = (
+        sorted(indices, key=lambda i: (examples[i].tokens.tolist(), i)) if share_prefixes else list(indices)
+    )
     costs = [_new_slots(examples, order, k, share_prefixes) for k in range(len(order))]
     rows, start = [], 0
     limit = _even_limit(examples, order, costs, row_slots)
@@ -73,7 +75,9 @@ def _new_slots(examples: Sequence[Example], order: Sequence[int], k: int, share:
     return len(example) - (shared_length(examples[order[k - 1]], example) if share and k else 0)
 
 
-def _even_limit(examples: Sequence[Example], order: Sequence[int], costs: Sequence[int], row_slots: int) -> int:
+def _even_limit(
+    examples: Sequence[Example], order: Sequence[int], costs: Sequence[int], row_slots: int
+) -> int:
     """Slots per row so that the rows come out about equally long, for rows are padded to the longest."""
     total, longest = sum(costs), max(len(examples[i]) for i in order)
     rows = max(1, -(-total // row_slots))
@@ -104,4 +108,6 @@ def _build(examples: Sequence[Example], order: Sequence[int], share: bool) -> Ro
         previous = example
     for slot in path:
         ends[slot] = len(tokens)
-    return Row(*(np.asarray(values, dtype=np.int64) for values in (tokens, positions, ends, sources, targets)))
+    return Row(
+        *(np.asarray(values, dtype=np.int64) for values in (tokens, positions, ends, sources, targets))
+    )

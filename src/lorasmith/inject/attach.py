@@ -182,6 +182,7 @@ def _report(model: nn.Module, modules: dict[str, nn.Module], adapter: Adapter) -
         not_matched=tuple(
             path for path, m in modules.items() if linear_shape(m) is not None and path not in adapter.factors
         ),
+        transposed=tuple(path for path in adapter.factors if shape_of(modules[path]).transposed),
     )
 
 

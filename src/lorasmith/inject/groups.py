@@ -21,22 +21,49 @@ class SharedInputGroup:
     def __init__(self, layers: list[LoRALayer]) -> None:
         self.layers = layers
         self._input: Tensor | None = None
-        self._version = -1
+        self._state: tuple[object, ...] = ()
         self._waiting: dict[int, Tensor] = {}
 
     def output_of(self, layer: LoRALayer, x: Tensor) -> Tensor:
         """Output of `layer` for `x`; computes the whole group unless this very x was just seen."""
-        if self._input is not x or self._version != x._version or id(layer) not in self._waiting:
-            self._compute(x)
+        if x.is_inference():  # it keeps no version, so a change in place could not be told
+            return lora_outputs([layer], x)[0]
+        state = self._state_of(x)
+        if self._input is not x or self._state != state or id(layer) not in self._waiting:
+            self._compute(x, state)
         y = self._waiting.pop(id(layer))
         if not self._waiting:
-            self._input = None
+            self._input, self._state = None, ()
         return y
 
-    def _compute(self, x: Tensor) -> None:
+    def _compute(self, x: Tensor, state: tuple[object, ...]) -> None:
         outputs = lora_outputs(self.layers, x)
         self._waiting = {id(layer): y for layer, y in zip(self.layers, outputs, strict=True)}
-        self._input, self._version = x, x._version
+        self._input, self._state = x, state
+
+    def _state_of(self, x: Tensor) -> tuple[object, ...]:
+        """All that the outputs depend on besides the identity of x."""
+        state: list[object] = [x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)]
+        for layer in self.layers:
+            state += [layer.training, layer.lora_scaling]
+            for tensor in (layer.weight, layer.lora_A, layer.lora_B):
+                assert isinstance(tensor, Tensor)
+                state += [_Same(tensor), -1 if tensor.is_inference() else tensor._version]
+        return tuple(state)
+
+
+class _Same:
+    """Equal only to itself around the same tensor; holds it, so that its id is not given away."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.tensor is other.tensor
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def group_shared_inputs(model: nn.Module, probe: Callable[[], Any]) -> list[list[str]]:

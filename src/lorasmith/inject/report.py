@@ -19,12 +19,14 @@ class InjectReport:
         trainable_params: parameters that an optimizer would update.
         total_params: all parameters of the model, the adapter's included.
         not_matched: paths of the linear layers that carry no factors.
+        transposed: paths of adapted modules whose weight is stored (in_features, out_features).
     """
 
     ranks: Mapping[str, int]
     trainable_params: int
     total_params: int
     not_matched: tuple[str, ...]
+    transposed: tuple[str, ...] = ()
 
     @property
     def coverage(self) -> dict[str, dict[int | None, int]]:

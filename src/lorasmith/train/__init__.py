@@ -5,6 +5,7 @@ May import: inject, lora, formats, data, bases, planning, errors.
 
 from lorasmith.train.config import TrainConfig, default_lr
 from lorasmith.train.evaluate import EvalLoss, evaluate_loss
+from lorasmith.train.forward import Forward
 from lorasmith.train.loop import train
 from lorasmith.train.loss import Head, cross_entropy
 from lorasmith.train.outputs import commit, plot_loss, read_metrics, versions, write_atomically
@@ -14,6 +15,7 @@ from lorasmith.train.show import Show, peak_rss_bytes
 
 __all__ = [
     "EvalLoss",
+    "Forward",
     "Head",
     "Parts",
     "Show",

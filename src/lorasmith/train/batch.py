@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.data import Example, Row, pack
+from lorasmith.errors import ConfigError
 from lorasmith.train.config import PackingName
 
 ROW_SLOTS = 448
@@ -87,7 +88,17 @@ def choose_layout(
     Args:
         can_mask: the model accepts an attention mask of our own.
         dropout: of the adapter; shared slots would share its mask, so the tree is exact only at 0.
+
+    Raises:
+        ConfigError: packing was asked of a model that would mix the sequences of a row.
     """
+    if packing in ("plain", "tree") and not can_mask:
+        raise ConfigError(
+            f'packing="{packing}" was asked, but this model does not keep two sequences in one row '
+            "apart: it takes no attention mask of our own, or its sliding window is shorter than the "
+            "longest sequence. "
+            'Use packing="none" or "auto".'
+        )
     if packing != "auto":
         return Layout(packing, "as asked")
     if not can_mask:

@@ -40,25 +40,28 @@ class Progress:
 def save_checkpoint(
     folder: Path, progress: Progress, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> Path:
-    """Write `folder/step-…` whole or not at all; keep the last two and the best."""
+    """Write `folder/step-…` whole or not at all; keep the last two, and the best as of each."""
     target = folder / f"step-{progress.step:08d}"
     temporary = folder / f".step-{progress.step:08d}.{os.getpid()}"
+    aside = temporary.with_name(temporary.name + ".old")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in (temporary, aside):
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(_tensors(parameters, optimizer), temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=2))
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():  # put aside, for a kill within rmtree would leave half of it in its place
+            os.replace(target, aside)
         os.replace(temporary, target)
         _sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise OutputError(
             f"The checkpoint {target} could not be written: {error}. The last one is intact."
         ) from error
-    _prune(folder, progress.best_step)
+    _prune(folder)
     return target
 
 
@@ -103,7 +106,7 @@ def _tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer)
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"{key}/{name}"] = value.detach().contiguous()
     tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     return tensors
 
@@ -148,13 +151,23 @@ def _check_identity(path: Path, before: Mapping[str, Any], now: Mapping[str, Any
         )
 
 
-def _prune(folder: Path, best_step: int | None) -> None:
+def _prune(folder: Path) -> None:
     found = sorted(folder.glob("step-*"))
-    for path in found[:-KEPT]:
-        if path.name != f"step-{best_step or 0:08d}":
+    wanted = {path.name for path in found[-KEPT:]} | {_best_of(path) for path in found[-KEPT:]}
+    for path in found:
+        if path.name not in wanted:
             shutil.rmtree(path, ignore_errors=True)
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _best_of(path: Path) -> str | None:
+    """Name of the checkpoint that held the lowest evaluation loss when `path` was written."""
+    try:
+        step = json.loads((path / "state.json").read_text())["best_step"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return None if step is None else f"step-{step:08d}"
 
 
 def _sync(path: Path) -> None:

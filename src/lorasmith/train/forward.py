@@ -31,9 +31,7 @@ class Forward:
         batch = batch.to(self.device)
         kwargs = self._mask_arguments(batch)
         if self.parts is None:
-            logits = lambda: self.model(input_ids=batch.input_ids, use_cache=False, **kwargs).logits.flatten(
-                0, 1
-            )
+            logits = self.model(input_ids=batch.input_ids, use_cache=False, **kwargs).logits.flatten(0, 1)
             return full_logits_loss(
                 logits, batch.sources, batch.targets, label_smoothing=self.label_smoothing
             )

@@ -125,10 +125,12 @@ class _Run:
         self.report = inject(self.model, self.config, seed=self.settings.seed) if is_lora else None
         if not is_lora:
             self.model.requires_grad_(True)
-        self._set_training_modes()
         try:
+            self._set_training_modes()
             yield
         finally:
+            if self.settings.checkpoint_layers:
+                _recompute_layers(self.model, on=False)
             if is_lora:
                 ungroup(self.model)
                 eject(self.model)
@@ -143,7 +145,7 @@ class _Run:
         for layer in lora_layers(self.model).values():
             layer.training = True
         if self.settings.checkpoint_layers:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute_layers(self.model, on=True)
             for module in self.model.modules():
                 if getattr(module, "gradient_checkpointing", False):
                     module.training = True
@@ -167,10 +169,11 @@ class _Run:
                 self._steps(show, metrics, signals, on_step)
             finally:
                 metrics.close()
-        if not signals.received:
+        interrupted = self.progress.step < self.total
+        if not interrupted:
             self._save()
-        adapter = self._finish(interrupted=signals.received)
-        return self._result(adapter, started, resumed, interrupted=signals.received)
+        adapter = self._finish(interrupted=interrupted)
+        return self._result(adapter, started, resumed, interrupted=interrupted)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         s = self.settings
@@ -180,7 +183,8 @@ class _Run:
 
     def _choose_layout(self) -> Layout:
         order = [self.plan[k] for k in range(min(self.total, self.plan.per_epoch))]
-        can_mask = self.settings.packing != "none" and self.forward.can_mask(self.sets.train.stats.longest)
+        longest = max(s.stats.longest for s in (self.sets.train, self.sets.evaluation) if s is not None)
+        can_mask = self.settings.packing != "none" and self.forward.can_mask(longest)
         return choose_layout(
             self.settings.packing, self.examples, order, can_mask=can_mask, dropout=self.config.dropout
         )
@@ -195,6 +199,7 @@ class _Run:
             "base": self.base.fingerprint.digest,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "data": fingerprint(self.examples),
+            "eval_data": fingerprint(self.sets.evaluation.examples) if self.sets.evaluation else None,
             "threads": torch.get_num_threads(),
         }
 
@@ -379,6 +384,19 @@ class _Run:
             resumed_from_step=resumed,
             interrupted=interrupted,
         )
+
+
+def _recompute_layers(model: Any, *, on: bool) -> None:
+    """Turn the recomputation of each layer in the backward pass on or off."""
+    verb = "enable" if on else "disable"
+    switch = getattr(model, f"activation_checkpointing_{verb}", None)  # its name since transformers 5.1
+    switch = switch or getattr(model, f"gradient_checkpointing_{verb}")
+    if on:
+        switch({"use_reentrant": False})
+        # transformers makes the embeddings' output require a gradient; only re-entrant recomputation needs it.
+        model.disable_input_require_grads()
+    else:
+        switch()
 
 
 def _prepare_folder(out: Path, resume: bool) -> Path:

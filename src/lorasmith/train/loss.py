@@ -9,7 +9,6 @@ Peak memory besides h and its gradient: `chunk_tokens · vocabulary · BYTES_PER
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +88,7 @@ def _loss_only(
     hidden: Tensor, targets: Tensor, head: Head, smoothing: float, chunk: int, wide: torch.dtype
 ) -> Tensor:
     total = torch.zeros((), dtype=wide, device=hidden.device)
-    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+    for h, t in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
         total += _chunk_loss(head.logits(h), t, smoothing, wide)
     return total
 
@@ -108,11 +107,7 @@ class _FrozenHead(torch.autograd.Function):
         weight = o.head.module.get_parameter("weight")
         total = torch.zeros((), dtype=o.wide, device=hidden.device)
         gradient = torch.empty_like(hidden)
-        chunks = (
-            hidden.split(o.chunk_tokens),
-            o.targets.split(o.chunk_tokens),
-            gradient.split(o.chunk_tokens),
-        )
+        chunks = [torch.split(t, o.chunk_tokens) for t in (hidden, o.targets, gradient)]
         for h, t, g in zip(*chunks, strict=True):
             log_p = torch.log_softmax(o.head.logits(h), -1, dtype=o.wide)
             loss = -log_p.gather(1, t[:, None]).sum()
@@ -123,11 +118,9 @@ class _FrozenHead(torch.autograd.Function):
             if o.label_smoothing:
                 p.sub_(o.label_smoothing / p.shape[1])
             p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), o.label_smoothing - 1.0))
-            torch.mm(
-                p.mul_(o.head.scale).to(weight.dtype) if o.head.scale != 1.0 else p.to(weight.dtype),
-                weight,
-                out=g,
-            )
+            if o.head.scale != 1.0:
+                p.mul_(o.head.scale)
+            torch.mm(p.to(weight.dtype), weight, out=g)
         ctx.save_for_backward(gradient)
         return total
 
@@ -146,11 +139,7 @@ class _AnyHead(torch.autograd.Function):
         total = torch.zeros((), dtype=o.wide, device=hidden.device)
         gradient = torch.empty_like(hidden)
         sums = [torch.zeros_like(p) for p in parameters]
-        chunks = (
-            hidden.split(o.chunk_tokens),
-            o.targets.split(o.chunk_tokens),
-            gradient.split(o.chunk_tokens),
-        )
+        chunks = [torch.split(t, o.chunk_tokens) for t in (hidden, o.targets, gradient)]
         for h, t, g in zip(*chunks, strict=True):
             with torch.enable_grad():
                 leaf = h.detach().requires_grad_()
@@ -170,14 +159,12 @@ class _AnyHead(torch.autograd.Function):
         return gradient * grad.to(gradient.dtype), None, *(s * grad.to(s.dtype) for s in sums)
 
 
-def full_logits_loss(
-    logits_of: Callable[[], Tensor], rows: Tensor, targets: Tensor, *, label_smoothing: float
-) -> Tensor:
+def full_logits_loss(logits: Tensor, rows: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
     """The same sum for a model whose body and head cannot be told apart: all logits exist at once.
 
     Args:
-        logits_of: gives (batch · length, vocabulary).
+        logits: (batch · length, vocabulary).
         rows: (n,) which of them predict `targets`.
     """
-    logits = logits_of().index_select(0, rows)
-    return _chunk_loss(logits, targets, label_smoothing, torch.promote_types(logits.dtype, torch.float32))
+    chosen = logits.index_select(0, rows)
+    return _chunk_loss(chosen, targets, label_smoothing, torch.promote_types(chosen.dtype, torch.float32))

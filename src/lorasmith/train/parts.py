@@ -62,7 +62,7 @@ def _head(module: nn.Module, config: Any) -> Head:
 def _reproduces(model: nn.Module, parts: Parts, vocabulary: int) -> bool:
     weight = parts.head.module.get_parameter("weight")
     ids = torch.arange(PROBE_LENGTH, device=weight.device)[None] * 7 % vocabulary
-    was_training = model.training
+    was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
@@ -70,6 +70,7 @@ def _reproduces(model: nn.Module, parts: Parts, vocabulary: int) -> bool:
     except (TypeError, AttributeError, RuntimeError):
         return False
     finally:
-        model.train(was_training)
+        for module in was_training:  # each its own: LoRA layers train inside a base that does not
+            module.training = True
     tolerance = 4 * torch.finfo(weight.dtype).eps * expected.abs().max().item()
     return found.shape == expected.shape and bool((found - expected).abs().max() <= tolerance)

@@ -1,0 +1,32 @@
+# Everything a newcomer needs: `make demo`, `make test`. Nothing else has to be installed first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: venv demo test test-slow check clean
+venv: $(STAMP)
+
+# A pinned torch comes as a CPU build; an unpinned one may pull several GB of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/lorasmith quickstart
+
+test: $(STAMP)
+	$(BIN)/pytest -m "not slow" tests
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow tests
+
+check: $(STAMP)
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

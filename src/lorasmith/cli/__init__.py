@@ -1,0 +1,9 @@
+"""Commands: parse, call, print. Heavy imports happen inside a command, so that `--help` answers at once.
+
+May import: server, train, engine, baselines, store, inject, formats, bases, data, analysis,
+planning, scoring, lora, errors.
+"""
+
+from lorasmith.cli.app import main
+
+__all__ = ["main"]

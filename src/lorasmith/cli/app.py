@@ -1,0 +1,46 @@
+"""The `lorasmith` command: its sub-commands, and how errors leave it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from lorasmith.cli import check, data, evaluate, generate, merge, quickstart, train
+from lorasmith.errors import LoraSmithError
+
+BAD_INPUT = 2
+
+
+class _Group(TyperGroup):
+    """Turns every error that lorasmith raises on purpose into its message and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LoraSmithError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(BAD_INPUT) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="LoRA adapters: train, check, move and serve them on one frozen base.",
+)
+app.command("quickstart")(quickstart.quickstart)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("check")(check.check)
+app.command("merge")(merge.merge)
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,44 @@
+"""Options that several commands share, and the two ways of printing a result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lorasmith.bases import Base
+    from lorasmith.lora import Adapter
+
+BaseOption = Annotated[str, typer.Option("--base", help="Local directory, built-in name or hub id.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or fp32.")]
+MismatchOption = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Use an adapter that was trained on another base.")
+]
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(result, default=str))
+
+
+def say(text: str = "") -> None:
+    """A line for people, on stderr: stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def load_adapter(path: Path, base: Base, *, allow_base_mismatch: bool = False) -> Adapter:
+    """Read an adapter and check that it was trained on `base`, where it says on what."""
+    from lorasmith.bases import require_base
+    from lorasmith.formats import read_adapter
+
+    adapter = read_adapter(path)
+    if "base" not in adapter.provenance:
+        say(f"{path} carries no lorasmith sidecar: that it was trained on {base.name} cannot be verified")
+    elif not allow_base_mismatch:
+        require_base(adapter.provenance, base)
+    return adapter

@@ -1,0 +1,116 @@
+"""`lorasmith train`: one adapter from a data file."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorasmith.cli.options import JsonOption, print_json, say
+from lorasmith.errors import ConfigError, did_you_mean
+
+TOP_LEVEL = ("base", "data", "eval_data", "out", "dtype", "lora", "train")
+INTERRUPTED = 130
+
+
+def train(
+    base: Annotated[str | None, typer.Option(help="Local directory, built-in name or hub id.")] = None,
+    data: Annotated[Path | None, typer.Option(help="JSONL, CSV, TSV or Parquet.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the adapter, metrics and plot.")] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Held-out records; the best adapter on them is kept.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML run file; flags override it.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Default 16.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scaling is alpha/rank. Default 32.")] = None,
+    targets: Annotated[str | None, typer.Option(help='"all-linear", a,b,c (suffixes), or re:REGEX.')] = None,
+    exclude: Annotated[str | None, typer.Option(help="As --targets, taken away from them.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of the low-rank branch. Default 0.")] = None,
+    bias: Annotated[str | None, typer.Option(help="none, lora_only or all.")] = None,
+    rslora: Annotated[bool | None, typer.Option(help="Scaling alpha/√rank.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora, or full for every weight.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default from the width.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Default 1.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after this many optimizer steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step. Default 8.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens per forward pass. Default 2048.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per sequence. Default 1024.")] = None,
+    packing: Annotated[str | None, typer.Option(help="auto, none, plain or tree.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of factors, order and dropout. Default 0.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one adapter."""
+    flags = dict(locals())
+    run = _read_run_file(config) if config else {}
+    lora = run.get("lora", {}) | _given(flags, "rank", "alpha", "dropout", "bias", "rslora")
+    for name in ("targets", "exclude"):
+        if flags[name] is not None:
+            lora[name] = parse_targets(flags[name])
+    settings = run.get("train", {}) | _given(
+        flags, "method", "lr", "epochs", "max_steps", "batch_size", "batch_tokens", "max_length", "packing",
+        "eval_every", "save_every", "seed",
+    )  # fmt: skip
+    places = {k: run.get(k) for k in TOP_LEVEL[:5]} | _given(
+        flags, "base", "data", "eval_data", "out", "dtype"
+    )
+    missing = [f"--{name}" for name in ("base", "data", "out") if places.get(name) is None]
+    if missing:
+        raise ConfigError(f"train: {', '.join(missing)} not given, neither as a flag nor in the run file.")
+    _run(places, lora, settings, resume=resume, as_json=as_json)
+
+
+def _run(
+    places: dict[str, Any], lora: dict[str, Any], settings: dict[str, Any], *, resume: bool, as_json: bool
+) -> None:
+    from lorasmith.bases import load_base
+    from lorasmith.lora import LoRAConfig
+    from lorasmith.train import TrainConfig
+    from lorasmith.train import train as run_training
+
+    lora_config, train_config = LoRAConfig.from_dict(lora), TrainConfig.from_dict(settings)
+    base = load_base(str(places["base"]), dtype=places["dtype"] or "auto")
+    result = run_training(
+        base, places["data"], lora_config, train_config,
+        out=places["out"], eval_data=places["eval_data"], resume=resume,
+    )  # fmt: skip
+    if as_json:
+        print_json(result.to_dict())
+    elif not result.interrupted:
+        best = f", evaluation loss {result.eval_loss:.4f}" if result.eval_loss is not None else ""
+        say(f"done: training loss {result.train_loss:.4f}{best}, {result.tokens_per_s:,.0f} tokens/s")
+        print(result.adapter_dir)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def parse_targets(text: str) -> str | list[str]:
+    """`all-linear`, `re:REGEX`, or suffixes with commas between them."""
+    if text == "all-linear":
+        return text
+    return text[3:] if text.startswith("re:") else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _given(flags: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: flags[name] for name in names if flags[name] is not None}
+
+
+def _read_run_file(path: Path) -> dict[str, Any]:
+    try:
+        run = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The run file {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The run file {path} is not valid TOML: {error}.") from error
+    unknown = [key for key in run if key not in TOP_LEVEL]
+    if unknown:
+        lines = [f'"{key}" is not a key of a run file.{did_you_mean(key, TOP_LEVEL)}' for key in unknown]
+        raise ConfigError(f"{path}:\n  " + "\n  ".join(lines) + f"\n  keys: {', '.join(TOP_LEVEL)}")
+    return run

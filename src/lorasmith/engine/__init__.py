@@ -1,0 +1,10 @@
+"""Batched generation on one frozen base; each row of a batch may use a different adapter.
+
+May import: inject, lora, formats, planning, bases, errors
+"""
+
+from lorasmith.engine.engine import Engine
+from lorasmith.engine.requests import FinishReason, OnToken, Prompt, Request, Result, TokenEvent
+from lorasmith.engine.rows import Handle
+
+__all__ = ["Engine", "FinishReason", "Handle", "OnToken", "Prompt", "Request", "Result", "TokenEvent"]
