@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.data import Example, fingerprint, microbatches, steps
+from lorasmith.data import Example, fingerprint, steps
 from lorasmith.errors import ConfigError, DataError
 
 
@@ -59,26 +59,6 @@ def test_settings_out_of_range(change: dict[str, int]) -> None:
 def test_no_examples() -> None:
     with pytest.raises(DataError):
         steps([], batch_size=1, epochs=1, seed=0)
-
-
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(1, 60))
-def test_microbatches_stay_within_their_padded_tokens(lengths: list[int], batch_tokens: int) -> None:
-    examples = [example(n) for n in lengths]
-    parts = microbatches(examples, range(len(lengths)), batch_tokens=batch_tokens)
-    assert sorted(itertools.chain(*parts)) == list(range(len(lengths)))
-    for part in parts:
-        assert len(part) == 1 or len(part) * max(lengths[i] for i in part) <= batch_tokens
-    order = [lengths[i] for part in parts for i in part]
-    assert order == sorted(order, reverse=True)
-
-
-def test_microbatches_by_hand() -> None:
-    examples = [example(n) for n in (3, 9, 4, 2, 2)]
-    # 9 is over 8 and alone; 4 + 3 pad to 2·4; 2 + 2 pad to 2·2
-    assert microbatches(examples, [4, 3, 2, 1, 0], batch_tokens=8) == [[1], [2, 0], [3, 4]]
-    assert microbatches(examples, [], batch_tokens=8) == []
-    with pytest.raises(ConfigError):
-        microbatches(examples, [0], batch_tokens=0)
 
 
 def test_the_fingerprint_sees_tokens_masks_order_and_borders() -> None:

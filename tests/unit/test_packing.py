@@ -390,3 +390,9 @@ def test_the_mask_is_what_keeps_the_examples_apart(packing):
         ):
             broken = Batch(**(vars(batch) | {name: wrong}))
             assert (forward.loss_sum(broken) - right).abs() > 1e-3
+
+
+def test_a_shared_prefix_under_dropout_is_refused():
+    with pytest.raises(ConfigError, match="would share their dropout mask"):
+        choose_layout("tree", EXAMPLES, [[0, 1]], can_mask=True, dropout=0.1)
+    assert choose_layout("plain", EXAMPLES, [[0, 1]], can_mask=True, dropout=0.1).packing == "plain"

@@ -5,7 +5,7 @@ May import: errors
 
 from __future__ import annotations
 
-from lorasmith.data.batches import Steps, fingerprint, microbatches, steps
+from lorasmith.data.batches import Steps, fingerprint, steps
 from lorasmith.data.doctor import Report, check
 from lorasmith.data.encode import Encoded, Example, Stats, encode
 from lorasmith.data.packing import Row, pack, shared_length
@@ -28,7 +28,6 @@ __all__ = [
     "check",
     "encode",
     "fingerprint",
-    "microbatches",
     "pack",
     "read_records",
     "references",

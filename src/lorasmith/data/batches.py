@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -63,26 +63,6 @@ def steps(examples: Sized, *, batch_size: int, epochs: int, seed: int, drop_last
         advice = f" Lower batch_size={batch_size} or keep the last batch." if len(examples) else ""
         raise DataError(f"{len(examples)} examples make no optimizer step.{advice}")
     return plan
-
-
-def microbatches(
-    examples: Sequence[Example], indices: Iterable[int], *, batch_tokens: int
-) -> list[list[int]]:
-    """Split one step so that rows · longest row ≤ `batch_tokens` in each part; longest examples first.
-
-    Sorted by length, as few parts as that order allows. An example over `batch_tokens` goes alone.
-    """
-    if batch_tokens < 1:
-        raise ConfigError(f"batch_tokens={batch_tokens}: it must be at least 1.")
-    parts: list[list[int]] = []
-    longest = 0
-    for i in sorted(indices, key=lambda i: (-len(examples[i]), i)):
-        if parts and (len(parts[-1]) + 1) * longest <= batch_tokens:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
-            longest = len(examples[i])
-    return parts
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorasmith.engine.cache import KVCache, KVShape
 from lorasmith.engine.runner import Batch, rows_of
-from lorasmith.engine.slots import GroupSpec, Slots, add_lora, add_lora_exact
+from lorasmith.engine.slots import GroupSpec, Slots, add_lora
 from lorasmith.errors import ConfigError
 
 PROBE_TOKENS = 6
@@ -156,11 +156,7 @@ class GenericRunner:
                 return None
             x = inputs[0].reshape(-1, inputs[0].shape[-1])
             y = output.reshape(-1, output.shape[-1]).contiguous()
-            tokens = x.shape[0] // len(batch.rows)
-            if batch.routing.exact:
-                add_lora_exact([y], x, self.slots, number, batch.routing, tokens)
-            else:
-                add_lora([y], x, self.slots.stacks[number], batch.routing, tokens)
+            add_lora(y, x, self.slots, number, batch.routing)
             return y.view(output.shape)
 
         return add

@@ -45,15 +45,13 @@ class LinearGroup:
             biases = [_bias(m) for m in self.modules]
             self.bias = torch.cat(biases)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The outputs side by side, (n, Σ out), and a view of each."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """The outputs side by side, (n, Σ out)."""
         if self.packed is not None:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        elif len(self.modules) == 1:
-            y = F.linear(x, self.modules[0].weight, self.modules[0].bias)
-        else:
-            y = torch.cat([F.linear(x, m.weight, m.bias) for m in self.modules], dim=-1)
-        return y, [y] if len(self.sizes) == 1 else list(y.split(self.sizes, dim=-1))
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            return y
+        outputs = [F.linear(x, m.weight, m.bias) for m in self.modules]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 def can_pack(weight: Tensor) -> bool:

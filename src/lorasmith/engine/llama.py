@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorasmith.engine.cache import KVCache, KVShape
 from lorasmith.engine.kernels import LinearGroup, can_pack
 from lorasmith.engine.runner import Batch, rows_of
-from lorasmith.engine.slots import GroupSpec, Slots, add_lora, add_lora_exact
+from lorasmith.engine.slots import GroupSpec, Slots, add_lora
 
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MEMBERS = (
@@ -107,7 +107,7 @@ class LlamaRunner:
             x = self._mlp(x, number, layer, step)
         last = torch.tensor([i * new + n - 1 for i, n in enumerate(batch.lengths)], device=x.device)
         x = F.rms_norm(x.index_select(0, last), (x.shape[-1],), self.model.model.norm.weight, self._eps)
-        return self._linear(x, self._head, 4 * len(self._layers), step, tokens=1)[0]
+        return self._linear(x, self._head, 4 * len(self._layers), step)
 
     def _gives_rows_their_own_bits(self) -> bool:
         """Try it: a full batch, the same rows turned round, and rows with other neighbours."""
@@ -151,7 +151,7 @@ class LlamaRunner:
     def _attend(self, x: Tensor, number: int, layer: Layer, step: _Step) -> Tensor:
         heads, kv, width = self._heads, self._kv_heads, self._head_dim
         h = F.rms_norm(x, (x.shape[-1],), layer.input_norm, self._eps)
-        y, _ = self._linear(h, layer.groups[0], 4 * number, step)
+        y = self._linear(h, layer.groups[0], 4 * number, step)
         qkv = y.view(-1, heads + 2 * kv, width)
         qk = self._normed_heads(qkv[:, : heads + kv], layer)
         turned = qk.reshape(-1, heads + kv, 2, width // 2).flip(2).view(qk.shape)
@@ -159,7 +159,7 @@ class LlamaRunner:
         self.cache.keys[number].view(-1, kv, width).index_copy_(0, step.index, qk[:, heads:])
         self.cache.values[number].view(-1, kv, width).index_copy_(0, step.index, qkv[:, heads + kv :])
         out = self._attention(qk[:, :heads], number, step)
-        return self._linear(out, layer.groups[1], 4 * number + 1, step)[0].add_(x)
+        return self._linear(out, layer.groups[1], 4 * number + 1, step).add_(x)
 
     def _normed_heads(self, qk: Tensor, layer: Layer) -> Tensor:
         if layer.q_norm is None or layer.k_norm is None:
@@ -204,22 +204,17 @@ class LlamaRunner:
 
     def _mlp(self, x: Tensor, number: int, layer: Layer, step: _Step) -> Tensor:
         h = F.rms_norm(x, (x.shape[-1],), layer.post_norm, self._eps)
-        gate, up = self._linear(h, layer.groups[2], 4 * number + 2, step)[1]
+        gate, up = self._linear(h, layer.groups[2], 4 * number + 2, step).split(layer.groups[2].sizes, dim=-1)
         h = F.silu(gate).mul_(up)
-        return self._linear(h, layer.groups[3], 4 * number + 3, step)[0].add_(x)
+        return self._linear(h, layer.groups[3], 4 * number + 3, step).add_(x)
 
-    def _linear(
-        self, x: Tensor, group: LinearGroup, number: int, step: _Step, *, tokens: int | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        y, parts = group(x)
+    def _linear(self, x: Tensor, group: LinearGroup, number: int, step: _Step) -> Tensor:
+        """The outputs of the group's members side by side."""
+        y = group(x)
         routing = step.batch.routing
         if routing is not None and routing.active[number]:
-            tokens = step.batch.tokens.shape[1] if tokens is None else tokens
-            if routing.exact:
-                add_lora_exact(parts, x, self.slots, number, routing, tokens)
-            else:
-                add_lora(parts, x, self.slots.stacks[number], routing, tokens)
-        return y, parts
+            add_lora(y, x, self.slots, number, routing)
+        return y
 
     def _layer(self, layer: Any) -> Layer:
         groups = [

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorasmith.engine import native
 from lorasmith.engine.registry import Generation
 from lorasmith.lora import Adapter, Factors, compute_dtype
 
@@ -29,15 +30,34 @@ class GroupSpec:
     in_features: int
     out_features: tuple[int, ...]
 
+    def parts(self, y: Tensor) -> Sequence[Tensor]:
+        """Views of each member's columns."""
+        return (y,) if len(self.out_features) == 1 else y.split(self.out_features, dim=-1)
+
 
 class FactorStack:
-    """A (slots, members · rank, in) and B of each member (slots, rank, out), scaling folded into B."""
+    """A (slots, members · rank, in) and B of each member (slots, rank, out), scaling folded into B.
+
+    Where the C function computes decode steps the stacks are kept in the base's dtype, which it reads at
+    memory speed; elsewhere in float32, in which torch's small products are faster than in bfloat16.
+    """
 
     def __init__(self, spec: GroupSpec, dtype: torch.dtype, device: torch.device) -> None:
         self.spec = spec
         self.rank = 0
+        self.is_native = native.is_available(dtype, device)
+        dtype = dtype if self.is_native else compute_dtype(dtype)
         self.A = torch.zeros(0, 0, spec.in_features, dtype=dtype, device=device)
         self.B = [torch.zeros(0, 0, n, dtype=dtype, device=device) for n in spec.out_features]
+        self.ranks = torch.zeros(0, len(spec.paths), dtype=torch.int32)
+        self._native: native.NativeGroup | None = None
+
+    @property
+    def native(self) -> native.NativeGroup:
+        """The stacks as the C function takes them."""
+        if self._native is None:
+            self._native = native.NativeGroup(self.A, self.B, self.rank, self.ranks)
+        return self._native
 
     def fit(self, slots: int, rank: int) -> None:
         """Grow to `slots` and `rank`; what is there stays."""
@@ -52,9 +72,12 @@ class FactorStack:
             grown = old.new_zeros(slots, self.rank, old.shape[2])
             grown[:old_slots, :old_rank] = old
             self.B[i] = grown
+        self.ranks = torch.cat((self.ranks, self.ranks.new_zeros(slots - old_slots, members)))
+        self._native = None
 
     def write(self, slot: int, factors: Sequence[Factors | None]) -> None:
         """Replace what `slot` holds."""
+        self.ranks[slot] = torch.tensor([0 if f is None else f.rank for f in factors])
         if self.rank == 0:
             return
         A = self.A[slot].view(len(factors), self.rank, -1)
@@ -64,7 +87,7 @@ class FactorStack:
             self.B[i][slot, rank:].zero_()
             if f is not None:
                 A[i, :rank].copy_(f.A)
-                torch.mul(f.B.T.to(self.A.device, self.A.dtype), f.scaling, out=self.B[i][slot, :rank])
+                self.B[i][slot, :rank].copy_(f.B.T * f.scaling)
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,7 @@ class Routing:
         scatter: (rows) where each row's result is found after the product; None with `gather`.
         width: rows per slot, padding included.
         active: for each group, whether any slot that is read adapts it.
+        index: `slots` as int32, for the C function.
         exact: row by row, for deterministic mode.
     """
 
@@ -88,6 +112,7 @@ class Routing:
     gather: Tensor | None
     scatter: Tensor | None
     active: tuple[bool, ...]
+    index: Tensor
     exact: bool = False
 
 
@@ -96,7 +121,7 @@ class Slots:
 
     def __init__(self, groups: Sequence[GroupSpec], dtype: torch.dtype, device: torch.device) -> None:
         self.groups = tuple(groups)
-        self.stacks = [FactorStack(g, compute_dtype(dtype), device) for g in groups]
+        self.stacks = [FactorStack(g, dtype, device) for g in groups]
         self._group_of = {p: (g, i) for g, spec in enumerate(groups) for i, p in enumerate(spec.paths)}
         self._held: list[Generation | None] = []
         self._ranks: list[list[tuple[int, ...]]] = []
@@ -147,7 +172,7 @@ class Slots:
         used = {slot for slot in slots if slot >= 0}
         active = tuple(any(any(self._ranks[s][g]) for s in used) for g in range(len(self.groups)))
         if exact:
-            return Routing(slots, 0, 0, 0, None, None, active, True)
+            return Routing(slots, 0, 0, 0, None, None, active, _index(slots), True)
         return _arranged(slots, active, self.stacks[0].A.device)
 
     def drop(self, generation: Generation) -> None:
@@ -186,6 +211,10 @@ def _owner(generation: Generation | None) -> Generation:
     return BASE if generation is None else generation
 
 
+def _index(slots: tuple[int, ...]) -> Tensor:
+    return torch.tensor(slots, dtype=torch.int32)
+
+
 def _rounded_up(slots: int) -> int:
     return 1 << (slots - 1).bit_length()
 
@@ -198,38 +227,45 @@ def _arranged(slots: tuple[int, ...], active: tuple[bool, ...], device: torch.de
     count, width = len(members), max(map(len, members))
     order = [row for rows in members for row in (rows + [0] * (width - len(rows)))]
     if order == list(range(len(slots))):
-        return Routing(slots, first, count, width, None, None, active)
+        return Routing(slots, first, count, width, None, None, active, _index(slots))
     place = {row: s * width + i for s, rows in enumerate(members) for i, row in enumerate(rows)}
     scatter = torch.tensor([place[row] for row in range(len(slots))], device=device)
     gather = torch.tensor(order, device=device)
-    return Routing(slots, first, count, width, gather, scatter, active)
+    return Routing(slots, first, count, width, gather, scatter, active, _index(slots))
 
 
-def add_lora(outputs: Sequence[Tensor], x: Tensor, stack: FactorStack, routing: Routing, tokens: int) -> None:
+def add_lora(y: Tensor, x: Tensor, slots: Slots, group: int, routing: Routing) -> None:
     """Add each row's low-rank product to the outputs of one group, in place.
 
-    Semantics, for row b with slot s and member i:
-        outputs_i[b] += (x[b] @ A[s, i].T) @ B_i[s]
+    Semantics, for row b with slot s and member i, whose part of y starts at column c_i:
+        y[b, c_i : c_i + out_i] += (x[b] @ A[s, i].T) @ B_i[s]
 
     Args:
-        outputs: of each member, (rows · tokens, out).
+        y: the members' outputs side by side, (rows · tokens, Σ out).
         x: (rows · tokens, in).
-        tokens: per row.
     """
-    rows = x.shape[0] // tokens
+    stack, tokens = slots.stacks[group], x.shape[0] // len(routing.slots)
+    if stack.is_native and tokens < MANY_TOKENS:
+        index = routing.index if tokens == 1 else routing.index.repeat_interleave(tokens)
+        stack.native.add(y, x, index)
+    elif routing.exact:
+        _add_row_by_row(y, x, slots, group, routing, tokens)
+    else:
+        _add_batched(y, x, stack, routing, tokens)
+
+
+def _add_batched(y: Tensor, x: Tensor, stack: FactorStack, routing: Routing, tokens: int) -> None:
+    rows = len(routing.slots)
     read = slice(routing.first, routing.first + routing.count)
-    # Long inputs are bound by arithmetic, which is fast in the base's dtype; one token per row is bound
-    # by call overhead and by products that are fast in float32 only.
+    # Long inputs are bound by arithmetic, which is fast in the base's dtype.
     dtype = x.dtype if tokens >= MANY_TOKENS else stack.A.dtype
-    A = stack.A[read].to(dtype)
     wide = x.to(dtype).view(rows, tokens, -1)
     if routing.gather is not None:
         wide = wide.index_select(0, routing.gather)
     wide = wide.reshape(routing.count, routing.width * tokens, -1)
-    u = torch.bmm(wide, A.transpose(1, 2))
-    for i, (y, B) in enumerate(zip(outputs, stack.B, strict=True)):
-        part = u[:, :, i * stack.rank : (i + 1) * stack.rank]
-        _add_product(y, part, B[read].to(dtype), routing, tokens)
+    u = torch.bmm(wide, stack.A[read].to(dtype).transpose(1, 2))
+    for part, ui, B in zip(stack.spec.parts(y), u.split(stack.rank, dim=-1), stack.B, strict=True):
+        _add_product(part, ui, B[read].to(dtype), routing, tokens)
 
 
 def _add_product(y: Tensor, u: Tensor, B: Tensor, routing: Routing, tokens: int) -> None:
@@ -242,18 +278,16 @@ def _add_product(y: Tensor, u: Tensor, B: Tensor, routing: Routing, tokens: int)
     y.view(-1, tokens, y.shape[-1]).add_(part)
 
 
-def add_lora_exact(
-    outputs: Sequence[Tensor], x: Tensor, slots: Slots, group: int, routing: Routing, tokens: int
-) -> None:
-    """`add_lora` row by row with each adapter's own rank: no bit depends on the neighbours."""
+def _add_row_by_row(y: Tensor, x: Tensor, slots: Slots, group: int, routing: Routing, tokens: int) -> None:
+    """With each adapter's own rank, so that no bit depends on the neighbours."""
     stack = slots.stacks[group]
     for row, slot in enumerate(routing.slots):
         ranks = slots.ranks(slot, group) if slot >= 0 else ()
         if not any(ranks):
             continue
-        part = slice(row * tokens, (row + 1) * tokens)
-        wide = x[part].to(stack.A.dtype, copy=True)
-        for i, (y, rank) in enumerate(zip(outputs, ranks, strict=True)):
+        own = slice(row * tokens, (row + 1) * tokens)
+        wide = x[own].to(stack.A.dtype, copy=True)
+        for i, (part, rank) in enumerate(zip(stack.spec.parts(y), ranks, strict=True)):
             if rank:
                 A = stack.A[slot, i * stack.rank : i * stack.rank + rank].clone()
-                y[part] += (wide @ A.T) @ stack.B[i][slot, :rank].clone()
+                part[own] += (wide @ A.T) @ stack.B[i][slot, :rank].clone()

@@ -99,6 +99,11 @@ def choose_layout(
             "longest sequence. "
             'Use packing="none" or "auto".'
         )
+    if packing == "tree" and dropout:
+        raise ConfigError(
+            f'packing="tree" was asked with dropout {dropout}: sequences that share slots would share their dropout '
+            'mask, which changes the training. Use packing="plain" or "auto", or dropout 0.'
+        )
     if packing != "auto":
         return Layout(packing, "as asked")
     if not can_mask:

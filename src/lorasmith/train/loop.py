@@ -54,7 +54,8 @@ def train(
 ) -> TrainResult:
     """Train one adapter and write it to `out/adapter`, with metrics, settings and a plot beside it.
 
-    The base is left as it was: LoRA is taken off again and the modes are restored.
+    The base is left as it was: LoRA is taken off again and the modes are restored. (Full fine-tuning,
+    `method="full"`, is about changing it: `base.model` then holds the tuned weights.)
 
     Args:
         base: a loaded base, or a name for `load_base`.
