@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,7 +17,7 @@ from torch import Tensor, nn
 
 from lorasmith.bases import Base, load_base
 from lorasmith.data import Encoded, Example, RecordSet, Steps, encode, fingerprint, read_records, steps
-from lorasmith.errors import OutputError, TrainingError
+from lorasmith.errors import TrainingError
 from lorasmith.formats import write_adapter
 from lorasmith.inject import eject, extract, group_shared_inputs, inject, lora_layers, ungroup
 from lorasmith.lora import Adapter, LoRAConfig
@@ -35,9 +32,18 @@ from lorasmith.train.checkpoint import (
 from lorasmith.train.config import TrainConfig
 from lorasmith.train.evaluate import evaluate_loss
 from lorasmith.train.forward import Forward
-from lorasmith.train.outputs import Metrics, commit, plot_loss, read_metrics, versions, write_atomically
+from lorasmith.train.outputs import (
+    Metrics,
+    commit,
+    plot_loss,
+    prepare_folder,
+    read_metrics,
+    versions,
+    write_atomically,
+)
 from lorasmith.train.result import TrainResult
 from lorasmith.train.show import Show, peak_rss_bytes
+from lorasmith.train.signals import Signals
 
 
 def train(
@@ -73,7 +79,7 @@ def train(
     config, settings = config or LoRAConfig(), train_config or TrainConfig()
     loaded = load_base(base) if isinstance(base, str) else base
     sets = _Sets.read(loaded, data, eval_data, settings)
-    folder = _prepare_folder(Path(out), resume)
+    folder = prepare_folder(Path(out), resume)
     width = int(getattr(loaded.model.config, "hidden_size", 576))
     run = _Run(loaded, config, settings.resolved(width=width), sets, folder, quiet=quiet)
     with run.adapted_model():
@@ -164,7 +170,7 @@ class _Run:
         resumed = self.progress.step if resume and self.progress.step else None
         self._write_run_file()
         metrics = Metrics(self.folder / "metrics.jsonl", resumed_step=self.progress.step)
-        with Show(self.total, start=self.progress.step, quiet=self.quiet) as show, _Signals() as signals:
+        with Show(self.total, start=self.progress.step, quiet=self.quiet) as show, Signals() as signals:
             self._announce(show)
             try:
                 self._steps(show, metrics, signals, on_step)
@@ -252,7 +258,7 @@ class _Run:
             show.say(f"resuming after step {self.progress.step}")
 
     def _steps(
-        self, show: Show, metrics: Metrics, signals: _Signals, on_step: Callable[[int], None] | None
+        self, show: Show, metrics: Metrics, signals: Signals, on_step: Callable[[int], None] | None
     ) -> None:
         p = self.progress
         if p.step == 0 and self.sets.evaluation is not None:
@@ -398,43 +404,3 @@ def _recompute_layers(model: Any, *, on: bool) -> None:
         model.disable_input_require_grads()
     else:
         switch()
-
-
-def _prepare_folder(out: Path, resume: bool) -> Path:
-    """Make `out`; refuse to write over another run."""
-    if (out / "run.json").exists() and not resume:
-        raise OutputError(
-            f"{out} holds a run already. Choose another folder, or go on with it through --resume (resume=True)."
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror or error}. Choose another folder."
-        ) from error
-    return out
-
-
-class _Signals:
-    """Notes the first SIGINT or SIGTERM, so that the run stops between two steps; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.received: bool = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        signal.signal(number, self._before[number])

@@ -15,6 +15,24 @@ from lorasmith.errors import OutputError
 PACKAGES = ("lorasmith", "torch", "transformers", "safetensors", "numpy")
 
 
+def prepare_folder(out: Path, resume: bool) -> Path:
+    """Make `out`; refuse to write over another run."""
+    if (out / "run.json").exists() and not resume:
+        raise OutputError(
+            f"{out} holds a run already. Choose another folder, or go on with it through --resume (resume=True)."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror or error}. Choose another folder."
+        ) from error
+    return out
+
+
 class Metrics:
     """Appends one JSON object a line. On resume, lines after the resumed step are dropped."""
 
