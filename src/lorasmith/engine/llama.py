@@ -204,7 +204,8 @@ class LlamaRunner:
 
     def _mlp(self, x: Tensor, number: int, layer: Layer, step: _Step) -> Tensor:
         h = F.rms_norm(x, (x.shape[-1],), layer.post_norm, self._eps)
-        gate, up = self._linear(h, layer.groups[2], 4 * number + 2, step).split(layer.groups[2].sizes, dim=-1)
+        y = self._linear(h, layer.groups[2], 4 * number + 2, step)
+        gate, up = torch.split_with_sizes(y, layer.groups[2].sizes, dim=-1)
         h = F.silu(gate).mul_(up)
         return self._linear(h, layer.groups[3], 4 * number + 3, step).add_(x)
 

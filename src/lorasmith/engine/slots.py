@@ -32,7 +32,7 @@ class GroupSpec:
 
     def parts(self, y: Tensor) -> Sequence[Tensor]:
         """Views of each member's columns."""
-        return (y,) if len(self.out_features) == 1 else y.split(self.out_features, dim=-1)
+        return torch.split_with_sizes(y, self.out_features, dim=-1)
 
 
 class FactorStack:
@@ -87,7 +87,7 @@ class FactorStack:
             self.B[i][slot, rank:].zero_()
             if f is not None:
                 A[i, :rank].copy_(f.A)
-                self.B[i][slot, :rank].copy_(f.B.T * f.scaling)
+                self.B[i][slot, :rank].copy_(f.B.T.to(compute_dtype(self.A.dtype)) * f.scaling)
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def _add_batched(y: Tensor, x: Tensor, stack: FactorStack, routing: Routing, tok
         wide = wide.index_select(0, routing.gather)
     wide = wide.reshape(routing.count, routing.width * tokens, -1)
     u = torch.bmm(wide, stack.A[read].to(dtype).transpose(1, 2))
-    for part, ui, B in zip(stack.spec.parts(y), u.split(stack.rank, dim=-1), stack.B, strict=True):
+    for part, ui, B in zip(stack.spec.parts(y), torch.split(u, stack.rank, dim=-1), stack.B, strict=True):
         _add_product(part, ui, B[read].to(dtype), routing, tokens)
 
 
