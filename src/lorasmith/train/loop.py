@@ -82,8 +82,12 @@ def train(
     folder = prepare_folder(Path(out), resume)
     width = int(getattr(loaded.model.config, "hidden_size", 576))
     run = _Run(loaded, config, settings.resolved(width=width), sets, folder, quiet=quiet)
-    with run.adapted_model():
-        return run.go(resume=resume, started=started, on_step=on_step)
+    try:
+        with run.adapted_model():
+            return run.go(resume=resume, started=started, on_step=on_step)
+    finally:
+        if not any(folder.iterdir()):  # refused before anything was written: leave nothing
+            folder.rmdir()
 
 
 @dataclass(frozen=True)
