@@ -338,6 +338,21 @@ def test_more_adapters_than_rows_from_disk_with_little_memory(tmp_path):
             assert result.token_ids == greedy(base.model, None, Request([3, 1, 4], max_tokens=6))
 
 
+def test_many_are_added_at_once_or_none(tmp_path):
+    base = tiny_base()
+    paths = {}
+    for i in range(6):
+        paths[f"a{i}"] = tmp_path / f"a{i}"
+        write_adapter(make_adapter(base.model, i, rank=2), paths[f"a{i}"])
+    engine = Engine(base)
+    assert engine.add_adapters(paths) == engine.adapters
+    assert len(set(engine.adapters.values())) == 6
+    other = Engine(base)
+    with pytest.raises(AdapterFileError):
+        other.add_adapters(paths | {"gone": tmp_path / "gone"})
+    assert other.adapters == {}
+
+
 def test_prefix_reuse_changes_no_answer_and_never_crosses_adapters_or_tenants():
     base = tiny_base(dtype=torch.float64)
     adapters = mixed_adapters(base.model)

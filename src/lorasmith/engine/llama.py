@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorasmith.engine import native
 from lorasmith.engine.cache import KVCache, KVShape
 from lorasmith.engine.kernels import LinearGroup, can_pack
+from lorasmith.engine.native_llama import DecodeOps, Positions
 from lorasmith.engine.runner import Batch, rows_of
 from lorasmith.engine.slots import GroupSpec, Slots, add_lora
 
@@ -54,6 +56,7 @@ class Layer:
     q_norm: Tensor | None
     k_norm: Tensor | None
     groups: tuple[LinearGroup, LinearGroup, LinearGroup, LinearGroup]
+    native: Any = None  # the constants of its attention, where decoding goes through C
 
 
 class LlamaRunner:
@@ -77,6 +80,9 @@ class LlamaRunner:
         weight: Tensor = model.model.embed_tokens.weight
         self._dtype = weight.dtype
         self._pack = pack and can_pack(weight)
+        self._ops = None
+        if native.is_available(weight.dtype, weight.device):
+            self._ops = DecodeOps(self._heads, self._kv_heads, self._head_dim, self._scaling, self._eps)
         self._layers = [self._layer(layer) for layer in model.model.layers]
         self._head = LinearGroup([model.lm_head], pack=self._pack)
         dims = ((self._kv_heads, self._head_dim),) * len(self._layers)
@@ -100,6 +106,8 @@ class LlamaRunner:
         """Logits after the last new token of each row, (rows, vocabulary)."""
         new = batch.tokens.shape[1]
         self.cache.reserve(max(batch.starts) + new)
+        if new == 1 and self._ops is not None:
+            return self._decode(batch, self._ops)
         step = self._plan(batch)
         x = F.embedding(batch.tokens.flatten(), self.model.model.embed_tokens.weight)
         for number, layer in enumerate(self._layers):
@@ -107,7 +115,26 @@ class LlamaRunner:
             x = self._mlp(x, number, layer, step)
         last = torch.tensor([i * new + n - 1 for i, n in enumerate(batch.lengths)], device=x.device)
         x = F.rms_norm(x.index_select(0, last), (x.shape[-1],), self.model.model.norm.weight, self._eps)
-        return self._linear(x, self._head, 4 * len(self._layers), step)
+        return self._linear(x, self._head, 4 * len(self._layers), batch)
+
+    def _decode(self, batch: Batch, ops: DecodeOps) -> Tensor:
+        """`forward` for one new token per row, through the C functions."""
+        starts = torch.tensor(batch.starts)
+        x = F.embedding(batch.tokens.flatten(), self.model.model.embed_tokens.weight)
+        cos, sin = self.model.model.rotary_emb(x, starts[:, None])
+        at = Positions(
+            torch.tensor(batch.rows), starts, cos.contiguous(), sin.contiguous(), max(batch.starts)
+        )
+        more: Tensor | None = None
+        for number, layer in enumerate(self._layers):
+            h = ops.add_norm(x, more, layer.input_norm)
+            qkv = self._linear(h, layer.groups[0], 4 * number, batch)
+            h = ops.attend(qkv, layer.native, self.cache.keys[number], self.cache.values[number], at)
+            h = ops.add_norm(x, self._linear(h, layer.groups[1], 4 * number + 1, batch), layer.post_norm)
+            h = ops.silu_mul(self._linear(h, layer.groups[2], 4 * number + 2, batch))
+            more = self._linear(h, layer.groups[3], 4 * number + 3, batch)
+        x = ops.add_norm(x, more, self.model.model.norm.weight)
+        return self._linear(x, self._head, 4 * len(self._layers), batch)
 
     def _gives_rows_their_own_bits(self) -> bool:
         """Try it: a full batch, the same rows turned round, and rows with other neighbours."""
@@ -151,7 +178,7 @@ class LlamaRunner:
     def _attend(self, x: Tensor, number: int, layer: Layer, step: _Step) -> Tensor:
         heads, kv, width = self._heads, self._kv_heads, self._head_dim
         h = F.rms_norm(x, (x.shape[-1],), layer.input_norm, self._eps)
-        y = self._linear(h, layer.groups[0], 4 * number, step)
+        y = self._linear(h, layer.groups[0], 4 * number, step.batch)
         qkv = y.view(-1, heads + 2 * kv, width)
         qk = self._normed_heads(qkv[:, : heads + kv], layer)
         turned = qk.reshape(-1, heads + kv, 2, width // 2).flip(2).view(qk.shape)
@@ -159,7 +186,7 @@ class LlamaRunner:
         self.cache.keys[number].view(-1, kv, width).index_copy_(0, step.index, qk[:, heads:])
         self.cache.values[number].view(-1, kv, width).index_copy_(0, step.index, qkv[:, heads + kv :])
         out = self._attention(qk[:, :heads], number, step)
-        return self._linear(out, layer.groups[1], 4 * number + 1, step).add_(x)
+        return self._linear(out, layer.groups[1], 4 * number + 1, step.batch).add_(x)
 
     def _normed_heads(self, qk: Tensor, layer: Layer) -> Tensor:
         if layer.q_norm is None or layer.k_norm is None:
@@ -204,15 +231,15 @@ class LlamaRunner:
 
     def _mlp(self, x: Tensor, number: int, layer: Layer, step: _Step) -> Tensor:
         h = F.rms_norm(x, (x.shape[-1],), layer.post_norm, self._eps)
-        y = self._linear(h, layer.groups[2], 4 * number + 2, step)
+        y = self._linear(h, layer.groups[2], 4 * number + 2, step.batch)
         gate, up = torch.split_with_sizes(y, layer.groups[2].sizes, dim=-1)
         h = F.silu(gate).mul_(up)
-        return self._linear(h, layer.groups[3], 4 * number + 3, step).add_(x)
+        return self._linear(h, layer.groups[3], 4 * number + 3, step.batch).add_(x)
 
-    def _linear(self, x: Tensor, group: LinearGroup, number: int, step: _Step) -> Tensor:
+    def _linear(self, x: Tensor, group: LinearGroup, number: int, batch: Batch) -> Tensor:
         """The outputs of the group's members side by side."""
         y = group(x)
-        routing = step.batch.routing
+        routing = batch.routing
         if routing is not None and routing.active[number]:
             add_lora(y, x, self.slots, number, routing)
         return y
@@ -226,9 +253,10 @@ class LlamaRunner:
         return Layer(
             input_norm=layer.input_layernorm.weight,
             post_norm=layer.post_attention_layernorm.weight,
-            q_norm=None if q_norm is None else q_norm.weight,
-            k_norm=None if k_norm is None else k_norm.weight,
+            q_norm=_weight_of(q_norm),
+            k_norm=_weight_of(k_norm),
             groups=(groups[0], groups[1], groups[2], groups[3]),
+            native=self._ops and self._ops.attention_of(_weight_of(q_norm), _weight_of(k_norm)),
         )
 
     def _specs(self) -> list[GroupSpec]:
@@ -258,3 +286,8 @@ class _Step:
 def _rope_type(config: Any) -> str:
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return str(parameters.get("rope_type", "default"))
+
+
+def _weight_of(norm: Any) -> Tensor | None:
+    """The weight of a norm that may be absent."""
+    return None if norm is None else norm.weight

@@ -7,13 +7,16 @@ A generation that came from a directory may leave memory when nobody uses it, an
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorasmith.errors import AdapterFileError, UnknownAdapterError, did_you_mean
 from lorasmith.formats import read_adapter
 from lorasmith.lora import Adapter
+
+LOADING_THREADS = 4
 
 
 @dataclass(eq=False)
@@ -46,17 +49,32 @@ class Registry:
         Raises:
             AdapterFileError: it cannot be read or does not fit the base; the name is what it was.
         """
+        return self._publish(name, self._prepare(adapter_or_path))
+
+    def add_all(self, adapters: Mapping[str, Adapter | str | Path]) -> dict[str, str]:
+        """`add` for many, read by several threads (hashing and reading leave Python's lock).
+
+        Raises:
+            AdapterFileError: one cannot be used; then no name was changed.
+        """
+        with ThreadPoolExecutor(min(LOADING_THREADS, max(1, len(adapters)))) as pool:
+            prepared = list(pool.map(self._prepare, adapters.values()))
+        return {name: self._publish(name, g) for name, g in zip(adapters, prepared, strict=True)}
+
+    def _prepare(self, adapter_or_path: Adapter | str | Path) -> Generation:
         path = None if isinstance(adapter_or_path, Adapter) else Path(adapter_or_path)
         adapter = adapter_or_path if isinstance(adapter_or_path, Adapter) else read_adapter(adapter_or_path)
         self._check(adapter)
         # An adapter object may be edited in place by its owner; a generation may not.
         kept = _copied(adapter) if path is None else adapter
-        digest = kept.digest
+        return Generation(kept.digest, kept, path, kept.num_bytes)
+
+    def _publish(self, name: str, prepared: Generation) -> str:
+        digest = prepared.digest
         with self._lock:
-            generation = self._by_digest.get(digest)
-            if generation is None:
-                generation = Generation(digest, kept, path, kept.num_bytes)
-                self._by_digest[digest] = generation
+            generation = self._by_digest.setdefault(digest, prepared)
+            if generation.adapter is None:
+                generation.adapter, generation.path = prepared.adapter, prepared.path
             self._touch(generation)
             old = self._names.get(name)
             self._names[name] = generation
