@@ -13,8 +13,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+OUT ?= quickstart
 demo: $(STAMP)
-	$(BIN)/lorasmith quickstart
+	$(BIN)/lorasmith quickstart --out $(OUT)
 
 test: $(STAMP)
 	$(BIN)/pytest -m "not slow" tests

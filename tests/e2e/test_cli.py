@@ -17,11 +17,6 @@ from lorasmith.lora import LoRAConfig
 from tests.support.base import write_tiny_base
 from tests.support.models import randomise
 
-pytestmark = [
-    # torch's own: the fused optimizer and typer's runner warn about nothing of ours
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
-
 RECORDS = [{"prompt": f"say {word}", "completion": word * 2} for word in ("ab", "cd", "ef", "gh", "ij", "kl")]
 
 

@@ -13,7 +13,9 @@ from lorasmith.lora import LoRAConfig
 from tests.support.models import randomise, tiny_causal_lm, tokens
 from tests.support.tolerance import close
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's and transformers' own
+# PEFT asks transformers for a property under its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 
 CASES = {
     "plain": (dict(rank=4, alpha=8), dict(r=4, lora_alpha=8, target_modules="all-linear")),

@@ -45,6 +45,15 @@ def test_a_room_imports_only_what_its_docstring_says(room):
     assert imported_rooms(room) <= set(re.findall(r"\w+", allowed.group(1)))
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_another_room_is_imported_through_its_front_door(room):
+    for file in (SOURCE / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            parts = node.module.split(".") if isinstance(node, ast.ImportFrom) and node.module else []
+            if parts[:1] == ["lorasmith"] and len(parts) > 2:
+                assert parts[1] == room, f"{file.name} reaches into {node.module}"
+
+
 def test_public_names():
     assert set(lorasmith.__all__) == PUBLIC
     for name in PUBLIC:

@@ -678,3 +678,8 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path, file):
             (path / file).write_bytes(damaged)
         with pytest.raises(TrainingError, match=r"cannot be read.*Delete it to go on from the one before"):
             load_checkpoint(path, {}, *small_state())
+
+
+def test_a_reason_is_given_for_what_was_left_at_its_default_only():
+    assert "width 64" in TrainConfig().reasons(width=64)["lr"]
+    assert set(TrainConfig(lr=1e-3, batch_size=4).reasons(width=64)) == {"schedule", "weight_decay"}

@@ -4,6 +4,7 @@ May import: lora, errors
 """
 
 from lorasmith.bases.builtin import BUILTINS, Builtin, builtin_directory
+from lorasmith.bases.cache import home
 from lorasmith.bases.fingerprint import Fingerprint, fingerprint_directory
 from lorasmith.bases.headers import TensorHeader, read_headers
 from lorasmith.bases.load import (
@@ -27,6 +28,7 @@ __all__ = [
     "builtin_directory",
     "dtype_reason",
     "fingerprint_directory",
+    "home",
     "load_base",
     "load_tokenizer",
     "match_base",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import BaseOption, JsonOption, print_json
+from lorasmith.cli.options import BaseOption, JsonOption, print_json, probe_ids
 
 
 def check(
@@ -64,7 +64,7 @@ def _effect(base: str, path: Path) -> float:
     from lorasmith.inject import inject
 
     loaded = load_base(base)
-    ids = torch.arange(16)[None] * 7 + 3
+    ids = probe_ids(loaded)
     with torch.no_grad():
         before = loaded.model(ids).logits.float()
         inject(loaded.model, read_adapter(path))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import BaseOption, JsonOption, MismatchOption, load_adapter, print_json
+from lorasmith.cli.options import BaseOption, JsonOption, MismatchOption, load_adapter, print_json, probe_ids
 from lorasmith.errors import MergeLossError, OutputError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def merge(
         raise OutputError(f"{out} exists already. Choose another folder; nothing was written.")
     loaded = load_base(base, dtype=dtype)
     tuned = load_adapter(adapter, loaded, allow_base_mismatch=allow_base_mismatch)
-    probe = torch.arange(16)[None] * 7 + 3
+    probe = probe_ids(loaded)
     with torch.no_grad():
         transposed = inject(loaded.model, tuned).transposed
         unmerged = loaded.model(probe).logits.float()
@@ -74,12 +74,15 @@ def _refuse_if_lost(error: float, kept: float, dtype: str, *, force: bool) -> No
 
 
 def _write(base: Base, out: Path) -> None:
+    from safetensors import SafetensorError
+
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         base.model.save_pretrained(temporary)
         base.tokenizer.save_pretrained(temporary)
         os.replace(temporary, out)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise OutputError(f"{out} could not be written: {error}. Nothing was kept.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lorasmith.bases import Base
     from lorasmith.lora import Adapter
 
@@ -29,6 +31,13 @@ def print_json(result: dict[str, Any]) -> None:
 def say(text: str = "") -> None:
     """A line for people, on stderr: stdout is for results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def probe_ids(base: Base) -> Tensor:
+    """Sixteen tokens, (1, 16), to compare logits on."""
+    import torch
+
+    return (torch.arange(16)[None] * 7 + 3) % int(base.model.get_input_embeddings().weight.shape[0])
 
 
 def load_adapter(path: Path, base: Base, *, allow_base_mismatch: bool = False) -> Adapter:

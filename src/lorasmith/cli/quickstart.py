@@ -35,7 +35,9 @@ def quickstart(
     if not 0 < minutes <= 24 * 60:
         raise ConfigError(f"--minutes {minutes}: use a positive number of minutes; 5 is the default.")
     if (out / "run.json").exists():
-        raise OutputError(f"{out} holds a run already. Choose another folder with --out, or remove it.")
+        raise OutputError(
+            f"{out} holds a run already. Choose another folder with --out (make demo OUT=…), or remove it."
+        )
     from lorasmith.bases import load_base
     from lorasmith.data import read_records, sample_path
     from lorasmith.lora import LoRAConfig

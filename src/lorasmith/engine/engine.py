@@ -23,7 +23,7 @@ from lorasmith.engine.sampling import Sampler
 from lorasmith.engine.scheduler import Scheduler
 from lorasmith.engine.text import TextStream
 from lorasmith.errors import AdapterFileError, BudgetError, ConfigError
-from lorasmith.inject.attach import check_fit
+from lorasmith.inject import check_fit
 from lorasmith.lora import Adapter
 
 DEFAULT_KV_CACHE_BYTES = 2 << 30

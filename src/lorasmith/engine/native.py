@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.bases.cache import home
+from lorasmith.bases import home
 from lorasmith.engine.native_source import SOURCE
 
 COMPILE_TIMEOUT_S = 60

@@ -6,7 +6,7 @@
 May import: lora, errors.
 """
 
-from lorasmith.inject.attach import eject, extract, inject, lora_layers
+from lorasmith.inject.attach import check_fit, eject, extract, inject, lora_layers
 from lorasmith.inject.groups import group_shared_inputs, ungroup
 from lorasmith.inject.layer import LoRALayer
 from lorasmith.inject.merging import Keep, is_merged, merge, merged, switch, unmerge
@@ -17,6 +17,7 @@ __all__ = [
     "InjectReport",
     "Keep",
     "LoRALayer",
+    "check_fit",
     "eject",
     "extract",
     "group_shared_inputs",

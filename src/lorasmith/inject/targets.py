@@ -11,8 +11,7 @@ from torch import nn
 
 from lorasmith.errors import TargetError, did_you_mean
 from lorasmith.inject.kinds import linear_shape, why_not
-from lorasmith.lora import LoRAConfig
-from lorasmith.lora.config import pattern_matches
+from lorasmith.lora import LoRAConfig, pattern_matches
 
 
 @dataclass(frozen=True)

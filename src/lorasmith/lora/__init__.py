@@ -7,7 +7,7 @@ May import: errors.
 """
 
 from lorasmith.lora.adapter import Adapter
-from lorasmith.lora.config import BiasMode, InitName, LoRAConfig
+from lorasmith.lora.config import BiasMode, InitName, LoRAConfig, pattern_matches
 from lorasmith.lora.delta import add_delta, compute_dtype, delta
 from lorasmith.lora.factors import Factors
 from lorasmith.lora.init import generator_for, init_factors
@@ -26,5 +26,6 @@ __all__ = [
     "file_source_of",
     "generator_for",
     "init_factors",
+    "pattern_matches",
     "set_file_source",
 ]

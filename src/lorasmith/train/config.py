@@ -99,13 +99,17 @@ class TrainConfig:
         return self.lr * (left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
     def reasons(self, *, width: int) -> dict[str, str]:
-        """Why each printed default is what it is."""
-        return {
-            "lr": f"1e-3 · √(576 / width {width}), found by sweeps at width 576; "
-            "under a fixed alpha the best value falls as width^-1/2 and hardly moves with rank",
+        """Why each setting that was left at its default is what it is."""
+        known = {
+            "lr": f"1e-3 · √(576 / width {width})"
+            + (" / 10" if self.method == "full" else "")
+            + "; measured at width 576, and theory lets it fall as width^-1/2 under alpha/rank scaling",
             "batch_size": "LoRA tolerates large batches less than full fine-tuning does; 8-32 suit it",
-            "schedule": "short warm-up, then linear to zero: the last steps average the noise away",
-            "weight_decay": "0: sweeps of adapters choose none",
+            "schedule": "a short warm-up, then to zero: the last steps average the noise away",
+            "weight_decay": "sweeps of adapters choose none",
+        }
+        return {
+            name: reason for name, reason in known.items() if getattr(self, name) == getattr(DEFAULTS, name)
         }
 
 
@@ -152,3 +156,6 @@ def _between(value: object, low: float, high: float, *, ends: bool) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
         return False
     return low <= value <= high if ends else low < value < high
+
+
+DEFAULTS = TrainConfig()

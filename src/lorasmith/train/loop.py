@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.bases import Base, load_base
-from lorasmith.data import Encoded, Example, RecordSet, Steps, encode, fingerprint, read_records, steps
+from lorasmith.data import Example, Steps, fingerprint, steps
 from lorasmith.errors import TrainingError
 from lorasmith.formats import write_adapter
 from lorasmith.inject import eject, extract, group_shared_inputs, inject, lora_layers, ungroup
@@ -42,6 +42,7 @@ from lorasmith.train.outputs import (
     write_atomically,
 )
 from lorasmith.train.result import TrainResult
+from lorasmith.train.sets import Sets
 from lorasmith.train.show import Show, peak_rss_bytes
 from lorasmith.train.signals import Signals
 
@@ -78,42 +79,25 @@ def train(
     started = time.monotonic()
     config, settings = config or LoRAConfig(), train_config or TrainConfig()
     loaded = load_base(base) if isinstance(base, str) else base
-    sets = _Sets.read(loaded, data, eval_data, settings)
+    sets = Sets.read(loaded, data, eval_data, settings)
+    is_new = not Path(out).exists()
     folder = prepare_folder(Path(out), resume)
-    width = int(getattr(loaded.model.config, "hidden_size", 576))
-    run = _Run(loaded, config, settings.resolved(width=width), sets, folder, quiet=quiet)
     try:
+        run = _Run(loaded, config, settings, sets, folder, quiet=quiet)
         with run.adapted_model():
             return run.go(resume=resume, started=started, on_step=on_step)
     finally:
-        if not any(folder.iterdir()):  # refused before anything was written: leave nothing
+        if is_new and not any(folder.iterdir()):  # refused before anything was written
             folder.rmdir()
-
-
-@dataclass(frozen=True)
-class _Sets:
-    train: Encoded
-    evaluation: Encoded | None
-    problems: list[str]
-
-    @classmethod
-    def read(cls, base: Base, data: Any, eval_data: Any, settings: TrainConfig) -> _Sets:
-        problems: list[str] = []
-
-        def load(source: Any) -> Encoded:
-            records = source if isinstance(source, RecordSet) else read_records(source)
-            encoded = encode(records, base.tokenizer, max_length=settings.max_length)
-            problems.extend(f"line {p.line}: {p.message}" for p in (*records.problems, *encoded.problems))
-            return encoded
-
-        return cls(load(data), load(eval_data) if eval_data is not None else None, problems)
 
 
 class _Run:
     def __init__(
-        self, base: Base, config: LoRAConfig, settings: TrainConfig, sets: _Sets, folder: Path, *, quiet: bool
+        self, base: Base, config: LoRAConfig, settings: TrainConfig, sets: Sets, folder: Path, *, quiet: bool
     ) -> None:
-        self.base, self.config, self.settings, self.sets = base, config, settings, sets
+        self.base, self.config, self.asked, self.sets = base, config, settings, sets
+        self.width = int(getattr(base.model.config, "hidden_size", 576))
+        self.settings = settings = settings.resolved(width=self.width)
         self.folder, self.quiet = folder, quiet
         self.model: nn.Module = base.model
         self.examples: list[Example] = sets.train.examples
@@ -258,6 +242,8 @@ class _Run:
             f"{self.total} steps of {self.settings.batch_size} sequences, peak learning rate {self.settings.lr:.2g}, "
             f"base in {self.base.dtype_reason}"
         )
+        for name, reason in self.asked.reasons(width=self.width).items():
+            show.say(f"  {name} {getattr(self.settings, name)}: {reason}")
         if self.progress.step:
             show.say(f"resuming after step {self.progress.step}")
 

@@ -1,0 +1,32 @@
+"""The encoded data of a run, and what was left out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorasmith.bases import Base
+from lorasmith.data import Encoded, RecordSet, encode, read_records
+from lorasmith.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Sets:
+    """`problems`: one line for each record that was left out or looks odd."""
+
+    train: Encoded
+    evaluation: Encoded | None
+    problems: list[str]
+
+    @classmethod
+    def read(cls, base: Base, data: Any, eval_data: Any, settings: TrainConfig) -> Sets:
+        """Read and encode what is trained on and, where there is any, what is held out."""
+        problems: list[str] = []
+
+        def load(source: Any) -> Encoded:
+            records = source if isinstance(source, RecordSet) else read_records(source)
+            encoded = encode(records, base.tokenizer, max_length=settings.max_length)
+            problems.extend(f"line {p.line}: {p.message}" for p in (*records.problems, *encoded.problems))
+            return encoded
+
+        return cls(load(data), load(eval_data) if eval_data is not None else None, problems)
