@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.inject.autograd import Spec, lora_linears
+from lorasmith.inject.autograd import PARTS, Spec, lora_linears
 from lorasmith.inject.kinds import LinearShape, is_conv1d, linear_shape
 from lorasmith.lora import Factors, compute_dtype
 
@@ -67,23 +68,30 @@ class LoRALayer(nn.Module):
 def lora_outputs(layers: list[LoRALayer], x: Tensor) -> tuple[Tensor, ...]:
     """Outputs of layers that share the input `x`, by one lean computation."""
     x, dtype = _autocast_input(x)
-    tensors: list[Tensor | None] = []
-    for layer in layers:
-        weight, bias = layer.weight, layer.bias
-        if dtype is not None:
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        tensors += [weight, bias, layer.lora_A, layer.lora_B]  # type: ignore[list-item]
-    dropout = layers[0].lora_dropout if layers[0].training else 0.0
+    spec, tensors = linear_parts(layers)
+    if dtype is None:
+        return lora_linears(x, spec, tensors)[: len(layers)]
+    of_base = [k for k in range(len(tensors)) if k % PARTS < 2]
+    tensors = [t.to(dtype) if k in of_base and t is not None else t for k, t in enumerate(tensors)]
+    with torch.autocast(x.device.type, enabled=False):
+        return lora_linears(x, spec, tensors)[: len(layers)]
+
+
+def linear_parts(layers: Sequence[nn.Module]) -> tuple[Spec, list[Tensor | None]]:
+    """What `lora_linears` needs of layers that share an input; a plain linear layer has no factors.
+
+    A dropout seed is drawn where an adapted layer is in training mode.
+    """
+    adapted = [layer for layer in layers if isinstance(layer, LoRALayer)]
+    dropout = adapted[0].lora_dropout if adapted and adapted[0].training else 0.0
     spec = Spec(
-        scalings=tuple(layer.lora_scaling for layer in layers),
+        scalings=tuple(getattr(layer, "lora_scaling", 0.0) for layer in layers),
         transposed=tuple(not isinstance(layer, nn.Linear) for layer in layers),
         dropout=dropout,
         seed=int(torch.randint(2**62, ()).item()) if dropout else 0,
     )
-    if dtype is None:
-        return lora_linears(x, spec, tensors)[: len(layers)]
-    with torch.autocast(x.device.type, enabled=False):
-        return lora_linears(x, spec, tensors)[: len(layers)]
+    names = ("weight", "bias", "lora_A", "lora_B")
+    return spec, [getattr(layer, name, None) for layer in layers for name in names]
 
 
 def _autocast_input(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
