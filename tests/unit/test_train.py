@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,11 @@ def test_the_base_is_left_as_it_was(tmp_path, fails, recompute):
         if fails and step == 5:
             raise KeyError("stop")
 
-    options = {"base": given, "settings": changed(checkpoint_layers=recompute), "on_step": stop}
+    options = {
+        "base": given,
+        "settings": changed(recompute="layers" if recompute else "none", kernels="plain"),
+        "on_step": stop,
+    }
     if fails:
         with pytest.raises(KeyError):
             run(tmp_path / "run", **options)
@@ -199,15 +203,22 @@ def test_dropout_is_on_in_the_adapter_and_off_in_the_base(tmp_path):
     assert losses(tmp_path / "on")[1:] != losses(tmp_path / "off")[1:]
 
 
-def test_recomputed_layers_give_the_same_bits(tmp_path, uninterrupted):
+@pytest.mark.parametrize("recompute", ["mlp", "layers"])
+def test_recomputing_in_the_block_gives_the_same_bits(tmp_path, uninterrupted, recompute):
+    run(tmp_path / "run", settings=changed(recompute=recompute))
+    assert weights(tmp_path / "run") == weights(uninterrupted)
+
+
+def test_recomputed_layers_give_the_same_bits(tmp_path):
+    run(tmp_path / "plain", settings=changed(kernels="plain"))
     given = base()
     calls = []
     mlp = given.model.model.layers[1].mlp
     mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    run(tmp_path / "run", settings=changed(checkpoint_layers=True), base=given)
+    run(tmp_path / "run", settings=changed(recompute="layers", kernels="plain"), base=given)
     # One batch a step, computed once forward and once more backward.
     assert sum(calls) == 2 * STEPS
-    assert weights(tmp_path / "run") == weights(uninterrupted)
+    assert weights(tmp_path / "run") == weights(tmp_path / "plain")
 
 
 def test_two_runs_give_the_same_bits_and_another_seed_gives_others(tmp_path, uninterrupted):
@@ -278,9 +289,10 @@ def test_run_file(uninterrupted):
     record = json.loads((uninterrupted / "run.json").read_text())
     assert record.keys() == {
         *("lora", "train", "base", "base_fingerprint", "data_fingerprint", "data"),
-        *("layout", "steps", "versions", "commit"),
+        *("layout", "policy", "steps", "versions", "commit"),
     }
-    assert TrainConfig.from_dict(record["train"]) == SETTINGS
+    assert any("kernels: block" in line for line in record["policy"])
+    assert TrainConfig.from_dict(record["train"]) == replace(SETTINGS, recompute="none")
     assert LoRAConfig.from_dict(record["lora"]) == LORA
     assert (record["base"], record["base_fingerprint"]) == ("tiny", {"weights": "0123456789abcdef"})
     assert record["steps"] == STEPS
@@ -291,7 +303,7 @@ def test_run_file(uninterrupted):
 def test_the_adapter_says_where_it_comes_from(uninterrupted):
     provenance = read_adapter(uninterrupted / "adapter").provenance
     assert provenance["base"]["name"] == "tiny"
-    assert TrainConfig.from_dict(provenance["run"]["train"]) == SETTINGS
+    assert TrainConfig.from_dict(provenance["run"]["train"]) == replace(SETTINGS, recompute="none")
 
 
 def test_result(tmp_path):

@@ -21,16 +21,19 @@ def attention(model: nn.Module, function: AttentionFunction) -> Iterator[bool]:
     soft cap) still go to PyTorch's own. True is yielded where the model takes part: one of
     transformers' that computes attention by PyTorch's fused kernel now.
     """
+    given: Any = model
     config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa" or not hasattr(model, "set_attn_implementation"):
+    if getattr(config, "_attn_implementation", None) != "sdpa" or not hasattr(
+        model, "set_attn_implementation"
+    ):
         yield False
         return
     _register(function)
-    model.set_attn_implementation(NAME)
+    given.set_attn_implementation(NAME)
     try:
-        yield bool(config._attn_implementation == NAME)  # type: ignore[union-attr]
+        yield bool(given.config._attn_implementation == NAME)
     finally:
-        model.set_attn_implementation("sdpa")
+        given.set_attn_implementation("sdpa")
 
 
 def _register(function: AttentionFunction) -> None:

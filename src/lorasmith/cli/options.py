@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lorasmith.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,3 +54,21 @@ def load_adapter(path: Path, base: Base, *, allow_base_mismatch: bool = False) -
     elif not allow_base_mismatch:
         require_base(adapter.provenance, base)
     return adapter
+
+
+def parse_bytes(text: str) -> int:
+    """`8GiB`, `500 MB`, `2e9` in bytes.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(iB|B)?\s*", text, re.IGNORECASE)
+    try:
+        value = float(match[1]) if match else 0.0
+    except ValueError:
+        value = 0.0
+    if match is None or value <= 0:
+        raise ConfigError(f'"{text}" was given as a size; write one such as 8GiB, 500MB or 2000000000.')
+    step = 1000 if (match[3] or "iB").upper() == "B" else 1024
+    power = " KMGT".index(match[2].upper() or " ")
+    return round(value * float(step) ** power)

@@ -41,8 +41,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, sc
     return result
 
 
-@torch.library.custom_op("lorasmith::causal_attention", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`causal_attention` without autograd."""
+    if q.device.type != "cpu":
+        return _fused(q, k, v, mask, scale)
     q = _by_kv_head(q, k)
     o = _empty_by_kv_head(q, v.shape[3])
     for queries, keys in _tiles(q):
@@ -51,10 +53,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     return o.flatten(1, 2)
 
 
-@torch.library.custom_op("lorasmith::causal_attention_backward", mutates_args=())
-def _differentiate(
+def attend_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, from that of the outputs."""
+    if q.device.type != "cpu":
+        with torch.enable_grad():
+            leaves = (
+                q.detach().requires_grad_(),
+                k.detach().requires_grad_(),
+                v.detach().requires_grad_(),
+            )
+            o = _fused(*leaves, mask, scale)
+        return torch.autograd.grad(o, leaves, do)  # type: ignore[return-value]
     q, do = _by_kv_head(q, k), _by_kv_head(do, k)
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = _empty_by_kv_head(q, q.shape[4])
@@ -67,6 +78,19 @@ def _differentiate(
         dq[queries] = torch.bmm(dS, K).view(dq[queries].shape)
         dk[keys] += torch.bmm(dS.mT, Q).view(dk[keys].shape)
     return dq.flatten(1, 2), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """PyTorch's own kernel: what a GPU wants."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+
+
+_attend = torch.library.custom_op("lorasmith::causal_attention", attend, mutates_args=())
+_differentiate = torch.library.custom_op(
+    "lorasmith::causal_attention_backward", attend_backward, mutates_args=()
+)
 
 
 @_attend.register_fake
@@ -135,7 +159,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _by_kv_head(x: Tensor, k: Tensor) -> Tensor:
-    return x.unflatten(1, (k.shape[1], -1))
+    return x.view(x.shape[0], k.shape[1], -1, *x.shape[2:])
 
 
 def _empty_by_kv_head(q: Tensor, width: int) -> Tensor:

@@ -75,11 +75,13 @@ class NativeOperations(Operations):
             setattr(self, "_" + function, getattr(library, f"{function}_{suffix}"))
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As in `Operations`."""
         x, h = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         self._norm(*_rows(x), _at(x), _at(weight), eps, _at(h), _threads())  # type: ignore[attr-defined]
         return h
 
     def norm_backward(self, dh: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> Tensor:
+        """As in `Operations`."""
         dh, x, residual = dh.contiguous(), x.contiguous(), residual.contiguous()
         out = torch.empty_like(x)
         self._norm_backward(  # type: ignore[attr-defined]
@@ -88,23 +90,35 @@ class NativeOperations(Operations):
         return out
 
     def rotate_(self, x: Tensor, cosine: Tensor, sine: Tensor, *, back: bool = False) -> Tensor:
+        """As in `Operations`."""
         if not x.is_contiguous() or cosine.shape[-1] != x.shape[3]:
             return super().rotate_(x, cosine, sine, back=back)
         batch, slots, heads, d = x.shape
         cosine, sine = cosine.contiguous(), sine.contiguous()
         repeats = int(len(cosine) == 1)
         self._rotate(  # type: ignore[attr-defined]
-            batch * slots, heads, d, _at(x), _at(cosine), _at(sine), slots, repeats, -1.0 if back else 1.0, _threads()
+            batch * slots,
+            heads,
+            d,
+            _at(x),
+            _at(cosine),
+            _at(sine),
+            slots,
+            repeats,
+            -1.0 if back else 1.0,
+            _threads(),
         )
         return x
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """As in `Operations`."""
         gate, up = gate.contiguous(), up.contiguous()
         m = torch.empty_like(gate)
         self._silu_mul(gate.numel(), _at(gate), _at(up), _at(m), _threads())  # type: ignore[attr-defined]
         return m
 
     def silu_mul_backward(self, dm: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `Operations`."""
         dm, gate, up = dm.contiguous(), gate.contiguous(), up.contiguous()
         dg, dp = torch.empty_like(gate), torch.empty_like(up)
         self._silu_mul_backward(  # type: ignore[attr-defined]
@@ -113,6 +127,7 @@ class NativeOperations(Operations):
         return dg, dp
 
     def cross_entropy_(self, z: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        """As in `Operations`."""
         if not z.is_contiguous():
             return super().cross_entropy_(z, targets, smoothing)
         losses, targets = torch.empty(len(z)), targets.contiguous()
@@ -141,9 +156,13 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 @functools.cache
 def _library() -> Any:
-    signatures = {f"{name}_{suffix}": args for name, args in _SIGNATURES.items() for suffix in ("bf16", "f32")}
+    signatures = {
+        f"{name}_{suffix}": args for name, args in _SIGNATURES.items() for suffix in ("bf16", "f32")
+    }
     try:  # a fused multiply-add would round once where torch's two operations round twice
-        return load(SOURCE, signatures, folder=home() / "native", flags=("-ffp-contract=off",))
+        return load(
+            SOURCE, signatures, folder=home() / "native", flags=("-ffp-contract=off", "-fno-trapping-math")
+        )
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None
 

@@ -22,7 +22,7 @@ static inline float narrow_f32(float v) { return v; }
 /* e^x to 1.2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients). */
 static inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = floorf(x * 1.44269504088896341f + 0.5f);
+    float n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  /* to the nearest whole number */
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f;

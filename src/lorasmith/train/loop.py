@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from lorasmith.errors import TrainingError
 from lorasmith.formats import write_adapter
 from lorasmith.inject import eject, extract, group_shared_inputs, inject, lora_layers, ungroup
 from lorasmith.lora import Adapter, LoRAConfig
-from lorasmith.train.batch import Layout, choose_layout
+from lorasmith.train.batch import Batch, Layout, choose_layout
+from lorasmith.train.budget import Fit, fit, measure_use
 from lorasmith.train.checkpoint import (
     Progress,
     checkpoint_parameters,
@@ -41,6 +42,7 @@ from lorasmith.train.outputs import (
     versions,
     write_atomically,
 )
+from lorasmith.train.policy import computing
 from lorasmith.train.result import TrainResult
 from lorasmith.train.sets import Sets
 from lorasmith.train.show import Show, peak_rss_bytes
@@ -124,8 +126,6 @@ class _Run:
             self._set_training_modes()
             yield
         finally:
-            if self.settings.checkpoint_layers:
-                _recompute_layers(self.model, on=False)
             if is_lora:
                 ungroup(self.model)
                 eject(self.model)
@@ -139,11 +139,6 @@ class _Run:
         self.model.eval()
         for layer in lora_layers(self.model).values():
             layer.training = True
-        if self.settings.checkpoint_layers:
-            _recompute_layers(self.model, on=True)
-            for module in self.model.modules():
-                if getattr(module, "gradient_checkpointing", False):
-                    module.training = True
 
     def go(self, *, resume: bool, started: float, on_step: Callable[[int], None] | None) -> TrainResult:
         torch.manual_seed(self.settings.seed)
@@ -153,6 +148,17 @@ class _Run:
         self.layout = self._choose_layout()
         if self.settings.method == "lora":
             group_shared_inputs(self.model, self.forward.probe)
+        self._fit_budget()
+        with computing(
+            self.model,
+            kernels=self.settings.kernels,
+            recompute=self.settings.recompute,
+            flops=self._flops(),
+            warm_up=self._warm_up,
+        ) as self.policy:
+            return self._run(resume=resume, started=started, on_step=on_step)
+
+    def _run(self, *, resume: bool, started: float, on_step: Callable[[int], None] | None) -> TrainResult:
         torch.manual_seed(self.settings.seed)
         self.progress = self._resume() if resume else Progress(identity=self._identity())
         resumed = self.progress.step if resume and self.progress.step else None
@@ -184,10 +190,41 @@ class _Run:
             self.settings.packing, self.examples, order, can_mask=can_mask, dropout=self.config.dropout
         )
 
+    def _first_batches(self) -> list[Batch]:
+        return self.layout.batches(self.examples, self.plan[0], batch_tokens=self.settings.batch_tokens)
+
+    def _flops(self) -> float:
+        """Of all steps: forward 2, input gradients 2, weight gradients 2 per weight and slot."""
+        slots = sum(batch.slots for batch in self._first_batches()) * self.total
+        weights = sum(p.numel() for p in self.model.parameters() if p.ndim == 2)
+        return (4.0 if self.settings.method == "lora" else 6.0) * weights * slots
+
+    def _warm_up(self) -> None:
+        self.forward.loss_sum(self._first_batches()[0]).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _fit_budget(self) -> None:
+        """Settle `recompute` and `batch_tokens` by the budget; keep everything where there is none."""
+        s = self.settings
+        self.fit: Fit | None = None
+        if s.budget_bytes is None:
+            self.settings = replace(s, recompute="none" if s.recompute == "auto" else s.recompute)
+            return
+        rows = Layout(self.layout.packing, "").batches(self.examples, self.plan[0], batch_tokens=1)
+        use = measure_use(
+            self.model, lambda: self.forward.loss_sum(rows[0]), slots=rows[0].slots, kernels=s.kernels
+        )
+        if s.recompute != "auto":
+            use = replace(use, per_token_bytes={s.recompute: use.per_token_bytes[s.recompute]})
+        longest = max(self.sets.train.stats.longest, *(row.slots for row in rows))
+        self.fit = fit(use, s.budget_bytes, batch_tokens=s.batch_tokens, longest=longest)
+        self.settings = replace(s, recompute=self.fit.recompute, batch_tokens=self.fit.batch_tokens)
+
     def _identity(self) -> dict[str, Any]:
         settings = self.settings.to_dict()
-        for harmless in ("save_every",):
+        for harmless in ("save_every", "budget_bytes"):
             settings.pop(harmless)
+        settings |= self.policy.identity
         return {
             **{f"train.{k}": v for k, v in settings.items()},
             **{f"lora.{k}": v for k, v in self.config.to_dict().items()},
@@ -218,6 +255,7 @@ class _Run:
             "base_fingerprint": self.base.fingerprint.to_dict(),
             "data_fingerprint": fingerprint(self.examples),
             "data": asdict(self.sets.train.stats),
+            "policy": list(self.policy.lines),
             "layout": {"packing": self.layout.packing, "reason": self.layout.reason},
             "steps": self.total,
             "versions": versions(),
@@ -238,6 +276,13 @@ class _Run:
         if self.report is not None:
             show.say(str(self.report))
         show.say(f"packing: {self.layout.packing} ({self.layout.reason})")
+        for line in self.policy.lines:
+            show.say(line)
+        if self.fit is not None:
+            show.say(
+                f"budget: recompute {self.fit.recompute}, {self.fit.batch_tokens:,} tokens at once; "
+                f"predicted peak {self.fit.peak_bytes / 2**30:.2f} GiB"
+            )
         show.say(
             f"{self.total} steps of {self.settings.batch_size} sequences, peak learning rate {self.settings.lr:.2g}, "
             f"base in {self.base.dtype_reason}"
@@ -381,16 +426,3 @@ class _Run:
             resumed_from_step=resumed,
             interrupted=interrupted,
         )
-
-
-def _recompute_layers(model: Any, *, on: bool) -> None:
-    """Turn the recomputation of each layer in the backward pass on or off."""
-    verb = "enable" if on else "disable"
-    switch = getattr(model, f"activation_checkpointing_{verb}", None)  # its name since transformers 5.1
-    switch = switch or getattr(model, f"gradient_checkpointing_{verb}")
-    if on:
-        switch({"use_reentrant": False})
-        # transformers makes the embeddings' output require a gradient; only re-entrant recomputation needs it.
-        model.disable_input_require_grads()
-    else:
-        switch()
