@@ -27,6 +27,7 @@ class TrainConfig:
         max_steps: stop after this many optimizer steps, however many epochs that is.
         batch_size: sequences per optimizer step.
         batch_tokens: tokens in one forward pass; larger steps are accumulated.
+        shuffle: a new order each epoch; else the order of the data.
         max_length: tokens per sequence; longer prompts lose their beginning.
         warmup: share of the steps with a rising learning rate.
         schedule: what follows: linear to zero, cosine to zero, or constant.
@@ -51,6 +52,7 @@ class TrainConfig:
     batch_size: int = 8
     batch_tokens: int = 2048
     max_length: int = 1024
+    shuffle: bool = True
     warmup: float = 0.04
     schedule: ScheduleName = "linear"
     weight_decay: float = 0.0

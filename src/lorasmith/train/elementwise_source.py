@@ -9,6 +9,7 @@ _COMMON = r"""
 #include <stdint.h>
 #include <string.h>
 typedef uint16_t bf16;
+enum { PIECE = 512 };
 
 static inline float wide_bf16(bf16 v) { uint32_t u = (uint32_t)v << 16; float f; memcpy(&f, &u, 4); return f; }
 static inline bf16 narrow_bf16(float f) {
@@ -16,7 +17,16 @@ static inline bf16 narrow_bf16(float f) {
     uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bf16)rounded;
 }
+/* To bfloat16 and back without leaving 32 bits, which keeps a loop vectorisable. */
+static inline float round_bf16(float f) {
+    uint32_t u; memcpy(&u, &f, 4);
+    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u;
+    u = (u & 0x7fffffff) > 0x7f800000 ? 0x7fc00000u : rounded;
+    memcpy(&f, &u, 4);
+    return f;
+}
 static inline float wide_f32(float v) { return v; }
+static inline float round_f32(float v) { return v; }
 static inline float narrow_f32(float v) { return v; }
 
 /* e^x to 1.2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients). */
@@ -35,7 +45,6 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 """
 
 _BY_TYPE = r"""
-#define ROUND(v) WIDE(NARROW(v))
 
 static float NAME(inverse_rms)(const T *x, long width, float eps) {
     float s = 0;
@@ -93,10 +102,15 @@ void NAME(rotate)(long tokens, long heads, long d, T *x, const T *cosine, const 
 }
 
 void NAME(silu_mul)(long n, const T *g, const T *p, T *m, long threads) {
-    #pragma omp parallel for simd num_threads(threads)
-    for (long i = 0; i < n; i++) {
-        const float v = WIDE(g[i]);
-        m[i] = NARROW(ROUND(v * sigmoid(v)) * WIDE(p[i]));
+    #pragma omp parallel for num_threads(threads)
+    for (long start = 0; start < n; start += PIECE) {
+        const long count = n - start < PIECE ? n - start : PIECE;
+        const T *a = g + start, *b = p + start; T *out = m + start;
+        float silu[PIECE];  /* in one loop with the rounding, GCC 12 makes code three times as slow */
+        #pragma omp simd
+        for (long i = 0; i < count; i++) { float v = WIDE(a[i]); silu[i] = v * sigmoid(v); }
+        #pragma omp simd
+        for (long i = 0; i < count; i++) out[i] = NARROW(ROUND(silu[i]) * WIDE(b[i]));
     }
 }
 
@@ -132,12 +146,11 @@ void NAME(cross_entropy)(long rows, long width, T *z, const int64_t *targets, fl
         a[targets[t]] = NARROW(at_target);
     }
 }
-#undef ROUND
 """
 
 
 def _of_type(suffix: str, c_type: str) -> str:
-    macros = {"T": c_type, "WIDE": f"wide_{suffix}", "NARROW": f"narrow_{suffix}"}
+    macros = {"T": c_type, "WIDE": f"wide_{suffix}", "NARROW": f"narrow_{suffix}", "ROUND": f"round_{suffix}"}
     lines = [f"#define {name} {value}" for name, value in macros.items()]
     lines.append(f"#define NAME(f) f##_{suffix}")
     lines.append(_BY_TYPE)

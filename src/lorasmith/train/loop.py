@@ -104,7 +104,11 @@ class _Run:
         self.model: nn.Module = base.model
         self.examples: list[Example] = sets.train.examples
         plan = steps(
-            self.examples, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed
+            self.examples,
+            batch_size=settings.batch_size,
+            epochs=settings.epochs,
+            seed=settings.seed,
+            shuffle=settings.shuffle,
         )
         self.plan: Steps = plan
         self.total = min(len(plan), settings.max_steps or len(plan))
