@@ -6,13 +6,17 @@ Semantics, each key and value head serving `heads / kv_heads` query heads:
 PyTorch's fused CPU kernel takes three times as long for rows of 256 and twice as long at 1,024
 (figures: dev/LOG.md): matrix multiplication is what is fast there. So a tile is one batched product
 of a block of queries with the keys up to its end: little is computed beyond the diagonal, keys are
-never repeated, and a tile's scores stay in the cache. Backward forms the scores again: what is
+never repeated, a tile's scores stay in the cache, and keys that a mask hides from the whole block
+are left out. Backward forms the scores again: what is
 saved are q, k and v, linear in the length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +27,7 @@ BLOCK = 64
 TILE_BYTES = 1 << 20
 """Scores of one tile, to stay in the second-level caches of two cores."""
 
-Where = tuple[slice, ...]
+Shape = tuple[int, int, int, int]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
@@ -47,9 +51,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         return _fused(q, k, v, mask, scale)
     q = _by_kv_head(q, k)
     o = _empty_by_kv_head(q, v.shape[3])
-    for queries, keys in _tiles(q):
-        P = _probabilities(_flat(q[queries]), _flat(k[keys]), _part(mask, queries, keys), scale, queries)
-        o[queries] = torch.bmm(P, _flat(v[keys])).view(o[queries].shape)
+    for tile in _tiles(q, mask):
+        P = _probabilities(_flat(tile.of_queries(q)), tile.keys_of(k), tile.bias, scale)
+        here = tile.of_queries(o)
+        here.copy_(torch.bmm(P, tile.keys_of(v)).view(here.shape))
     return o.flatten(1, 2)
 
 
@@ -70,13 +75,15 @@ def attend_backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = _empty_by_kv_head(q, q.shape[4])
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-    for queries, keys in _tiles(q):
-        Q, K, V, d = _flat(q[queries]), _flat(k[keys]), _flat(v[keys]), _flat(do[queries])
-        P = _probabilities(Q, K, _part(mask, queries, keys), scale, queries)
-        dv[keys] += torch.bmm(P.mT, d).view(dv[keys].shape)
+    for tile in _tiles(q, mask):
+        Q, K, V = _flat(tile.of_queries(q)), tile.keys_of(k), tile.keys_of(v)
+        d = _flat(tile.of_queries(do))
+        P = _probabilities(Q, K, tile.bias, scale)
+        tile.add_to_keys(dv, torch.bmm(P.mT, d))
         dS = torch._softmax_backward_data(torch.bmm(d, V.mT), P, -1, P.dtype).mul_(scale)
-        dq[queries] = torch.bmm(dS, K).view(dq[queries].shape)
-        dk[keys] += torch.bmm(dS.mT, Q).view(dk[keys].shape)
+        here = tile.of_queries(dq)
+        here.copy_(torch.bmm(dS, K).view(here.shape))
+        tile.add_to_keys(dk, torch.bmm(dS.mT, Q))
     return dq.flatten(1, 2), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -119,37 +126,97 @@ def _backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
 _attend.register_autograd(_backward, setup_context=_save)
 
 
-def _tiles(q: Tensor) -> Iterator[tuple[Where, Where]]:
-    """Where in q (batch, kv_heads, heads of each, slots, d) and in k each tile lies."""
+@dataclass(frozen=True)
+class _Tile:
+    """A block of queries of some rows and key heads, and the keys that any of them sees.
+
+    Attributes:
+        keys: a slice, or the slots themselves where a mask hides most.
+        bias: what is added to the scores, (rows or 1, 1, queries, keys).
+    """
+
+    rows: slice
+    heads: slice
+    queries: slice
+    keys: slice | Tensor
+    bias: Tensor
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """The tile's part of x (batch, kv_heads, heads of each, slots, d)."""
+        return x[self.rows, self.heads, :, self.queries]
+
+    def keys_of(self, x: Tensor) -> Tensor:
+        """(rows · kv_heads, keys, d) of x (batch, kv_heads, slots, d)."""
+        x = x[self.rows, self.heads]
+        return _flat(x[:, :, self.keys] if isinstance(self.keys, slice) else x.index_select(2, self.keys))
+
+    def add_to_keys(self, x: Tensor, part: Tensor) -> None:
+        """Add `part`, shaped as `keys_of` gives it."""
+        x = x[self.rows, self.heads]
+        part = part.view(*x.shape[:2], -1, x.shape[3])
+        if isinstance(self.keys, slice):
+            x[:, :, self.keys].add_(part)
+        else:
+            x.index_add_(2, self.keys, part.to(x.dtype))
+
+
+def _tiles(q: Tensor, mask: Tensor | None) -> Sequence[_Tile]:
     batch, kv_heads, of_each, slots, _ = q.shape
-    for start in range(0, slots, BLOCK):
-        end = min(start + BLOCK, slots)
-        pairs = max(1, TILE_BYTES // (of_each * (end - start) * end * q.element_size()))
+    shape = (batch, kv_heads, of_each, slots)
+    if mask is None:
+        return _causal_tiles(shape, q.dtype, BLOCK, TILE_BYTES)
+    # All layers of a step, forward and backward, come with the very same mask.
+    tag = (shape, q.dtype, mask._version, BLOCK, TILE_BYTES)
+    last = _last_masked[0]
+    if last is None or last[0]() is not mask or last[1] != tag:
+        last = (weakref.ref(mask), tag, list(_masked_tiles(shape, q.dtype, mask)))
+        _last_masked[0] = last
+    return last[2]
+
+
+_last_masked: list[tuple[Any, Any, list[_Tile]] | None] = [None]
+
+
+@functools.lru_cache(maxsize=8)
+def _causal_tiles(shape: Shape, dtype: torch.dtype, block: int, tile_bytes: int) -> list[_Tile]:
+    batch, kv_heads, of_each, slots = shape
+    tiles = []
+    for start in range(0, slots, block):
+        end = min(start + block, slots)
+        later = torch.full((end - start, end - start), float("-inf"), dtype=dtype).triu_(1)
+        bias = torch.cat([later.new_zeros(end - start, start), later], 1)[None, None]
+        pairs = max(1, tile_bytes // (of_each * (end - start) * end * dtype.itemsize))
         rows, heads = max(1, pairs // kv_heads), min(kv_heads, pairs)
         for r in range(0, batch, rows):
             for h in range(0, kv_heads, heads):
                 where = slice(r, min(r + rows, batch)), slice(h, min(h + heads, kv_heads))
-                yield (*where, slice(None), slice(start, end)), (*where, slice(0, end))
+                tiles.append(_Tile(*where, slice(start, end), slice(0, end), bias))
+    return tiles
 
 
-def _probabilities(Q: Tensor, K: Tensor, mask: Tensor | None, scale: float, queries: Where) -> Tensor:
-    """softmax(scale · Q @ Kᵀ + mask), (rows · kv_heads, heads of each · queries, keys)."""
+def _masked_tiles(shape: Shape, dtype: torch.dtype, mask: Tensor) -> Iterator[_Tile]:
+    """Row by row: what a block sees differs, and sequences packed into one row hide most of it."""
+    batch, kv_heads, of_each, slots = shape
+    for row in range(batch):
+        own = mask[min(row, len(mask) - 1), 0]
+        for start in range(0, slots, BLOCK):
+            block = slice(start, min(start + BLOCK, slots))
+            part = own[block, : block.stop]
+            if part.dtype == torch.bool:
+                part = torch.zeros(part.shape, dtype=dtype).masked_fill_(~part, float("-inf"))
+            seen = (part > float("-inf")).any(0).nonzero()[:, 0]
+            keys: slice | Tensor = seen if len(seen) <= 0.8 * block.stop else slice(0, block.stop)
+            bias = part[:, keys].to(dtype).contiguous()[None, None]
+            pairs = max(1, TILE_BYTES // (of_each * bias.numel() * dtype.itemsize))
+            for h in range(0, kv_heads, pairs):
+                yield _Tile(slice(row, row + 1), slice(h, min(h + pairs, kv_heads)), block, keys, bias)
+
+
+def _probabilities(Q: Tensor, K: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """softmax(scale · Q @ Kᵀ + bias), (rows · kv_heads, heads of each · queries, keys)."""
     S = torch.bmm(Q, K.mT).mul_(scale)
-    block = queries[3]
-    if mask is None:
-        size = block.stop - block.start
-        later = S.new_full((size, size), float("-inf")).triu_(1)
-        S.view(len(S), -1, size, block.stop)[..., block] += later
-    else:
-        scores = S.view(queries[0].stop - queries[0].start, -1, block.stop - block.start, block.stop)
-        scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
+    S.view(len(S), -1, *bias.shape[2:]).add_(bias)
     return torch.softmax(S, -1)
-
-
-def _part(mask: Tensor | None, queries: Where, keys: Where) -> Tensor | None:
-    if mask is None:
-        return None
-    return mask[queries[0] if len(mask) > 1 else slice(None), :, queries[3], keys[2]]
 
 
 def _flat(x: Tensor) -> Tensor:
