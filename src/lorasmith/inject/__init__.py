@@ -9,7 +9,8 @@ May import: lora, errors.
 from lorasmith.inject.attach import check_fit, eject, extract, inject, lora_layers
 from lorasmith.inject.groups import group_shared_inputs, ungroup
 from lorasmith.inject.layer import LoRALayer
-from lorasmith.inject.merging import Keep, is_merged, merge, merged, switch, unmerge
+from lorasmith.inject.merging import is_merged, merge, merged, switch, unmerge
+from lorasmith.inject.pristine import Keep
 from lorasmith.inject.report import InjectReport
 from lorasmith.inject.targets import resolve_targets
 
