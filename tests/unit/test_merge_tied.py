@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from lorasmith.engine import Engine, Request
 from lorasmith.inject import eject, inject, merge, merged, switch, unmerge
 from lorasmith.lora import Adapter, Factors, LoRAConfig
+from tests.support.engines import tiny_base
 from tests.support.models import bits, make_adapter, same_bits, tiny_causal_lm, tokens
 from tests.support.tolerance import close
 
@@ -125,3 +127,31 @@ def test_switching_between_shared_and_separate():
     unmerge(model)
     assert same_bits(model, before)
     assert model.one.weight is shared is model.two.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_engine_merges_an_adapter_of_a_tied_head(dtype):
+    base = tiny_base(tie_word_embeddings=True, dtype=dtype)
+    adapter, shared = make_adapter(base.model, targets=["lm_head", "q_proj"]), base.model.lm_head.weight
+    engine = Engine(base, merge_after_steps=2)
+    engine.add_adapter("a", adapter)
+    engine.generate([Request([1, 2, 3], adapter="a", max_tokens=8, ignore_eos=True)])
+    assert engine.merged.current is not None
+    assert base.model.lm_head.weight is not shared
+    plain = engine.generate([Request([1, 2, 3], max_tokens=8, ignore_eos=True)])[0]
+    assert base.model.lm_head.weight is shared
+    fresh = Engine(tiny_base(tie_word_embeddings=True, dtype=dtype))
+    expected = fresh.generate([Request([1, 2, 3], max_tokens=8, ignore_eos=True)])[0]
+    assert plain.token_ids == expected.token_ids
+
+
+def test_the_engine_answers_the_same_merged_and_unmerged_with_a_tied_head():
+    tokens_of = []
+    for after in (None, 1):
+        base = tiny_base(tie_word_embeddings=True, dtype=torch.float32)
+        engine = Engine(base, merge_after_steps=after)
+        engine.add_adapter("a", make_adapter(base.model, targets=["lm_head", "q_proj"]))
+        answer = engine.generate([Request([1, 2, 3], adapter="a", max_tokens=12, ignore_eos=True)])[0]
+        assert (engine.merged.current is not None) == (after == 1)
+        tokens_of.append(answer.token_ids)
+    assert tokens_of[0] == tokens_of[1]
