@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasmith.lora import Adapter
+from lorasmith.inject import eject, extract, inject
+from lorasmith.lora import Adapter, LoRAConfig
 
 VOCAB = 64
 
@@ -83,3 +84,24 @@ def randomise(adapter: Adapter, *, seed: int = 0, size: float = 0.1) -> Adapter:
 
 def tokens(rows: int = 2, length: int = 10, *, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def make_adapter(model: nn.Module, *, seed: int = 0, **config: Any) -> Adapter:
+    """An adapter for `model` that does something; the model is left as it was."""
+    inject(model, LoRAConfig(**{"rank": 3, "alpha": 6, **config}), seed=seed)
+    adapter = randomise(extract(model), seed=seed)
+    eject(model)
+    return adapter
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every weight."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same_bits(model: nn.Module, expected: dict[str, torch.Tensor]) -> bool:
+    return same_bits_of(model.state_dict(), expected)
+
+
+def same_bits_of(now: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return now.keys() == expected.keys() and all(torch.equal(now[n], expected[n]) for n in expected)

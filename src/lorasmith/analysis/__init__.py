@@ -11,7 +11,7 @@ from lorasmith.analysis.combine import Combined, Method, combine, subtract
 from lorasmith.analysis.compare import Comparison, compare, overlap_grid, subspace_overlap
 from lorasmith.analysis.extract import Extracted, ExtractErrors, extract_from_full, looks_linear
 from lorasmith.analysis.spectrum import Spectrum, singular_values, spectra, spectrum, svd
-from lorasmith.analysis.storage import Storage, as_stored
+from lorasmith.analysis.storage import Storage, StorageName, as_stored
 from lorasmith.analysis.survival import Survival, SurvivalReport, survival, survival_report
 from lorasmith.analysis.tensors import open_tensors
 from lorasmith.analysis.truncate import RelativeError, relative_error, truncate
@@ -26,6 +26,7 @@ __all__ = [
     "RelativeError",
     "Spectrum",
     "Storage",
+    "StorageName",
     "Survival",
     "SurvivalReport",
     "amplification",

@@ -49,10 +49,13 @@ class Coverage:
         table = {name: {k: list(v) for k, v in row.items()} for name, row in self.table.items()}
         return {"table": table, "problems": [asdict(p) for p in self.problems]}
 
-    def __str__(self) -> str:
+    def table_text(self) -> str:
+        """One line for each kind of module."""
         width = max(map(len, self.table), default=0)
-        lines = [f"{name:<{width}}  {_row(row)}" for name, row in self.table.items()]
-        return "\n".join(lines + [f"{p.kind}: {p.message}" for p in self.problems])
+        return "\n".join(f"{name:<{width}}  {_row(row)}" for name, row in self.table.items())
+
+    def __str__(self) -> str:
+        return "\n".join([self.table_text(), *(f"{p.kind}: {p.message}" for p in self.problems)])
 
 
 def check_coverage(header: AdapterHeader, base_shapes: Mapping[str, tuple[int, ...]]) -> Coverage:

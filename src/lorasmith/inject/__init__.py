@@ -10,7 +10,8 @@ from lorasmith.inject.attach import check_fit, eject, extract, inject, lora_laye
 from lorasmith.inject.autograd import Spec, linear_gradients, linear_outputs
 from lorasmith.inject.groups import group_shared_inputs, ungroup
 from lorasmith.inject.layer import LoRALayer, linear_parts
-from lorasmith.inject.merging import Keep, is_merged, merge, merged, switch, unmerge
+from lorasmith.inject.merging import is_merged, merge, merged, switch, unmerge
+from lorasmith.inject.pristine import Keep
 from lorasmith.inject.report import InjectReport
 from lorasmith.inject.targets import resolve_targets
 

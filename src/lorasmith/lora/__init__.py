@@ -8,7 +8,7 @@ May import: errors.
 
 from lorasmith.lora.adapter import Adapter
 from lorasmith.lora.config import BiasMode, InitName, LoRAConfig, pattern_matches
-from lorasmith.lora.delta import add_delta, compute_dtype, delta
+from lorasmith.lora.delta import add_delta, compute_dtype, delta, rows_of
 from lorasmith.lora.factors import Factors
 from lorasmith.lora.init import generator_for, init_factors
 from lorasmith.lora.source import FileSource, file_source_of, set_file_source
@@ -27,5 +27,6 @@ __all__ = [
     "generator_for",
     "init_factors",
     "pattern_matches",
+    "rows_of",
     "set_file_source",
 ]
