@@ -1,0 +1,104 @@
+"""Adapters that commands make of adapters: where they may go, and what they were made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorasmith.cli.options import say
+from lorasmith.errors import BaseMismatchError, ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from lorasmith.lora import Adapter
+
+AdapterArgument = Annotated[Path, typer.Argument(help="Adapter directory (PEFT's format, or MLX's).")]
+OutOption = Annotated[Path, typer.Option(help="Folder for the new adapter.")]
+PlotOption = Annotated[
+    Path | None, typer.Option(help="PNG to draw; by default named like --out, beside it.", show_default=False)
+]
+
+
+def read_any(path: Path) -> Adapter:
+    """Read an adapter of PEFT's format or of MLX-LM's."""
+    from lorasmith.formats import is_mlx, read_adapter, read_mlx
+
+    return read_mlx(path) if is_mlx(path) else read_adapter(path)
+
+
+def require_new(out: Path, plot: Path | None = None) -> Path:
+    """Refuse outputs that are there already, before any work; return where the plot goes.
+
+    Raises:
+        OutputError: something is in the way.
+        ConfigError: the plot would not be a PNG.
+    """
+    if out.exists():
+        raise OutputError(f"{out} exists already. Choose another folder; nothing was written.")
+    plot = plot or out.with_name(f"{out.name}.png")
+    check_plot(plot)
+    return plot
+
+
+def check_plot(plot: Path) -> None:
+    """Refuse a plot that would overwrite something or is no PNG."""
+    if plot.suffix.lower() != ".png":
+        raise ConfigError(f"--plot {plot}: plots are PNG files, so give a name that ends in .png.")
+    if plot.exists():
+        raise OutputError(f"{plot} exists already. Choose another name with --plot; nothing was written.")
+
+
+def derived_from(command: str, sources: Mapping[str, Adapter], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the sidecar says of an adapter that was computed: command, settings, sources with digests, versions."""
+    from lorasmith.train import commit, versions
+
+    return {
+        "made_by": {
+            "command": command,
+            "settings": {key: value for key, value in settings.items() if value is not None},
+            "from": [
+                {"path": path, "digest": adapter.digest, "made_by": adapter.provenance.get("made_by")}
+                for path, adapter in sources.items()
+            ],
+            "versions": versions(),
+            "commit": commit(),
+        }
+    }
+
+
+def shared_base(sources: Mapping[str, Adapter], *, allow_mismatch: bool) -> dict[str, Any]:
+    """The base that all sources were trained on, for the new sidecar; empty where that is not known of each.
+
+    Raises:
+        BaseMismatchError: two sidecars name different bases, and that is not allowed.
+    """
+    from lorasmith.bases import Fingerprint
+
+    noted = {path: a.provenance["base"] for path, a in sources.items() if "base" in a.provenance}
+    for path in sources.keys() - noted.keys():
+        say(f"{path} carries no lorasmith sidecar: that it was trained on the same base cannot be verified")
+    if not noted:
+        return {}
+    (first, base), *others = noted.items()
+    prints = {path: Fingerprint.from_dict(b.get("fingerprint") or {}) for path, b in noted.items()}
+    differing = [(path, prints[first].differences(prints[path])) for path, _ in others]
+    faults = [f"{path} differs from {first} in: {', '.join(d)}" for path, d in differing if d]
+    if faults and not allow_mismatch:
+        raise BaseMismatchError(
+            "The adapters were trained on different bases, so their sum means nothing.\n  "
+            + "\n  ".join(faults)
+            + "\n  If you know that the bases agree, pass --allow-base-mismatch."
+        )
+    if faults or len(noted) < len(sources):
+        return {}
+    name = {"base_name": base["name"]} if isinstance(base.get("name"), str) else {}
+    return {"base": base} | name
+
+
+def described(values: Iterable[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    rows = list(values)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
