@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,17 +38,27 @@ def require_new(out: Path, plot: Path | None = None) -> Path:
     """
     if out.exists():
         raise OutputError(f"{out} exists already. Choose another folder; nothing was written.")
-    plot = plot or out.with_name(f"{out.name}.png")
-    check_plot(plot)
-    return plot
+    if plot is not None:
+        check_plot(plot)
+        return plot
+    beside = out.with_name(f"{out.name}.png")
+    if beside.exists():
+        raise OutputError(
+            f"{beside} exists already, where the plot would go. Choose another place with --plot."
+        )
+    return beside
 
 
 def check_plot(plot: Path) -> None:
-    """Refuse a plot that would overwrite something or is no PNG."""
+    """Refuse a plot that would overwrite something, has no folder to lie in, or is no PNG."""
     if plot.suffix.lower() != ".png":
         raise ConfigError(f"--plot {plot}: plots are PNG files, so give a name that ends in .png.")
     if plot.exists():
         raise OutputError(f"{plot} exists already. Choose another name with --plot; nothing was written.")
+    if not os.access(plot.absolute().parent, os.W_OK):
+        raise OutputError(
+            f"--plot {plot}: its folder cannot be written. Choose another place; nothing was written."
+        )
 
 
 def derived_from(command: str, sources: Mapping[str, Adapter], settings: Mapping[str, Any]) -> dict[str, Any]:

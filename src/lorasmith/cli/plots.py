@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def draw_comparison(
         panel = axes[0][1]
         if grids:
             mean = torch.stack(grids).mean(0)
-            image = panel.imshow(mean, cmap="magma", vmin=0, vmax=max(0.1, float(mean.max())), origin="lower",
+            image = panel.imshow(mean.tolist(), cmap="magma", vmin=0, vmax=max(0.1, float(mean.max())), origin="lower",
                                  extent=(0.5, mean.shape[1] + 0.5, 0.5, mean.shape[0] + 0.5), aspect="auto")  # fmt: skip
             panel.figure.colorbar(image, ax=panel, fraction=0.046, pad=0.03)
         _label(
@@ -156,43 +157,33 @@ def draw_extraction(errors: ExtractErrors, title: str, out: Path) -> None:
         for row, (_, share, _) in enumerate(shares):
             panel.text(share + 0.01, row, f"{share:.1%}", va="center", fontsize=9, color=INK)
         panel.set_xlim(0, 1.15)
+        panel.set_xticks([0, 0.25, 0.5, 0.75, 1])
         panel.invert_yaxis()
         _label(panel, "where ‖tuned − base‖² is", "share", "")
 
 
-class _figure:  # noqa: N801 (a context manager that reads as a function)
-    """A figure of rows × columns panels that becomes a PNG, whole or not at all, on a clean exit."""
+@contextmanager
+def _figure(out: Path, rows: int, columns: int, title: str) -> Iterator[Any]:
+    """Panels, rows × columns, that become a PNG, whole or not at all."""
+    import matplotlib as mpl
 
-    def __init__(self, out: Path, rows: int, columns: int, title: str) -> None:
-        self.out, self.rows, self.columns, self.title = out, rows, columns, title
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
 
-    def __enter__(self) -> Any:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt
-
-        size = (5.6 * self.columns, 4.1 * self.rows)
-        self.figure, axes = plt.subplots(
-            self.rows, self.columns, figsize=size, dpi=130, squeeze=False, layout="constrained"
-        )
-        self.figure.suptitle(self.title, fontsize=11, color=INK, x=0.01, ha="left")
-        return axes
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        from matplotlib import pyplot as plt
-
-        temporary = self.out.with_name(f".{self.out.name}.{os.getpid()}.png")
-        try:
-            if kind is None:
-                self.out.parent.mkdir(parents=True, exist_ok=True)
-                self.figure.savefig(temporary)
-                os.replace(temporary, self.out)
-        except OSError as error:
-            raise OutputError(f"the plot {self.out} cannot be written: {error.strerror or error}") from error
-        finally:
-            plt.close(self.figure)
-            temporary.unlink(missing_ok=True)
+    size = (5.6 * columns, 4.1 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=130, squeeze=False, layout="constrained")
+    figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.png")
+    try:
+        yield axes
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise OutputError(f"the plot {out} cannot be written: {error.strerror or error}") from error
+    finally:
+        plt.close(figure)
+        temporary.unlink(missing_ok=True)
 
 
 def _heatmap(
