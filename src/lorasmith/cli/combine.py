@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.derive import OutOption, PlotOption, derived_from, read_any, require_new, shared_base
+from lorasmith.cli.derive import (
+    OutOption,
+    PlotOption,
+    derived_from,
+    progress_bar,
+    read_any,
+    require_new,
+    shared_base,
+)
 from lorasmith.cli.options import JsonOption, print_json, say
 from lorasmith.errors import ConfigError
 
@@ -41,7 +49,10 @@ def combine(
     parts = [read_any(path) for path in adapters]
     sources = dict(zip(map(str, adapters), parts, strict=False))
     base = shared_base(sources, allow_mismatch=allow_base_mismatch)
-    made = analysis.combine(parts, numbers, method=method, rank=rank, density=density, seed=seed)  # type: ignore[arg-type]
+    with progress_bar("combine", "modules") as progress:
+        made = analysis.combine(
+            parts, numbers, method=method, rank=rank, density=density, seed=seed, progress=progress,  # type: ignore[arg-type]
+        )  # fmt: skip
     settings = {
         "weights": numbers, "method": method, "rank": rank, "density": density,
         "seed": seed if method == "dare" else None,

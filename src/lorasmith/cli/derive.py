@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,3 +115,23 @@ def described(values: Iterable[tuple[str, str]]) -> str:
     rows = list(values)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+@contextmanager
+def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr, with rate, time left and memory; silent where nobody watches."""
+    import psutil
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+               TextColumn("{task.fields[memory]:.1f} GB"), TimeRemainingColumn()]  # fmt: skip
+    with Progress(
+        *columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
+    ) as bar:
+        task = bar.add_task("", total=None, memory=0.0)
+
+        def report(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, memory=psutil.Process().memory_info().rss / 1e9)
+
+        yield report

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lorasmith.cli.derive import OutOption, PlotOption, derived_from, require_new
+from lorasmith.cli.derive import OutOption, PlotOption, derived_from, progress_bar, require_new
 from lorasmith.cli.options import BaseOption, JsonOption, print_json, say
 
 # Architectures of transformers that are built of `Conv1D`, whose weights are stored (in, out).
@@ -41,7 +38,7 @@ def extract(
     plot = require_new(out, plot)
     before, after = base_directory(base), base_directory(tuned)
     tensors = open_tensors(before)
-    with progress_bar() as progress:
+    with progress_bar("extract", "tensors") as progress:
         adapter, errors = extract_from_full(
             tensors, open_tensors(after), rank=rank, energy=energy,
             transposed=conv1d_paths(before, tensors), progress=progress,
@@ -79,23 +76,3 @@ def conv1d_paths(directory: Path, names: Any) -> list[str]:
         return []
     paths = (name.removesuffix(".weight") for name in names)
     return [path for path in paths if path.rpartition(".")[2] in CONV1D_NAMES]
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar over tensors on stderr, with rate, time left and memory; silent where nobody watches."""
-    import psutil
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = [TextColumn("extract"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"),
-               TextColumn("{task.fields[memory]:.1f} GB"), TimeRemainingColumn()]  # fmt: skip
-    with Progress(
-        *columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
-    ) as bar:
-        task = bar.add_task("", total=None, memory=0.0)
-
-        def report(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, memory=psutil.Process().memory_info().rss / 1e9)
-
-        yield report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,7 +42,9 @@ def inspect(
         second = read_any(against)
         compared = compare(first, second)
         result["comparison"] = _overall(compared) | {
-            "modules": [{"path": p} | asdict(c) for p, c in compared.items()]
+            "modules": [
+                {"path": p} | {key: _finite(v) for key, v in asdict(c).items()} for p, c in compared.items()
+            ]
         }
         if plot is not None:
             plots.draw_comparison(first, second, compared, (str(adapter), str(against)), plot)
@@ -60,6 +63,11 @@ def _row(path: str, s: Spectrum, scaling: float) -> dict[str, Any]:
         "energy": s.energy.tolist(), "singular_values": s.singular_values.tolist(),
         "frobenius_norm": s.frobenius_norm, "scaling": scaling,
     }  # fmt: skip
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: the difference from nothing has no relative size."""
+    return value if value is None or math.isfinite(value) else None
 
 
 def _overall(compared: dict[str, Comparison]) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class _Architecture:
     permutes: bool = False
 
 
+# Families whose embeddings are tied unless config.json says otherwise.
+_TIED = ("gpt2", "gemma")
 # convert_hf_to_gguf.py of 2026-11: architectures whose linear weights it renames one by one, and no more.
 _ARCHITECTURES = {
     "LlamaForCausalLM": _Architecture("llama", permutes=True),
@@ -119,7 +121,7 @@ def _names(adapter: Adapter, base_config: Mapping[str, Any]) -> dict[str, str]:
     faults = [
         f"{path} has no counterpart in llama.cpp's {wanted}" for path, name in found.items() if not name
     ]
-    if base_config.get("tie_word_embeddings", wanted == "gpt2") and "output.weight" in found.values():
+    if base_config.get("tie_word_embeddings", wanted.startswith(_TIED)) and "output.weight" in found.values():
         faults.append(
             "lm_head is tied to the embeddings in this base, and llama.cpp then has no tensor for it"
         )
