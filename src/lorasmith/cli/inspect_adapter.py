@@ -13,7 +13,7 @@ from lorasmith.cli.derive import AdapterArgument, check_plot, described, read_an
 from lorasmith.cli.options import JsonOption, print_json, say
 
 if TYPE_CHECKING:
-    from lorasmith.analysis import Comparison, Spectrum
+    from lorasmith.analysis import Spectrum
 
 
 def inspect(
@@ -23,15 +23,15 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Spectrum, effective rank and size of every module; with --against, how alike two adapters are."""
-    from lorasmith.analysis import compare, spectra
+    from lorasmith.analysis import compare, cosine, relative_error, spectra
     from lorasmith.cli import plots
-    from lorasmith.lora import Adapter
+    from lorasmith.lora import Adapter, compute_dtype
 
     if plot is not None:
         check_plot(plot)
     first = read_any(adapter)
     # in float32 at least: the shares of a bf16 adapter would come back with three digits
-    wide = Adapter(first.config, {p: f.to(dtype=plots.wider(f.A.dtype)) for p, f in first.factors.items()})
+    wide = Adapter(first.config, {p: f.to(dtype=compute_dtype(f.A.dtype)) for p, f in first.factors.items()})
     found = spectra(wide)
     result: dict[str, Any] = {
         "modules": [_row(path, s, first.factors[path].scaling) for path, s in found.items()],
@@ -41,10 +41,12 @@ def inspect(
     if against is not None:
         second = read_any(against)
         compared = compare(first, second)
-        result["comparison"] = _overall(compared) | {
+        result["comparison"] = {
+            "cosine": cosine(first, second),
+            "relative_difference": _finite(relative_error(first, second).overall),
             "modules": [
                 {"path": p} | {key: _finite(v) for key, v in asdict(c).items()} for p, c in compared.items()
-            ]
+            ],
         }
         if plot is not None:
             plots.draw_comparison(first, second, compared, (str(adapter), str(against)), plot)
@@ -68,18 +70,6 @@ def _row(path: str, s: Spectrum, scaling: float) -> dict[str, Any]:
 def _finite(value: float | None) -> float | None:
     """JSON has no infinity: the difference from nothing has no relative size."""
     return value if value is None or math.isfinite(value) else None
-
-
-def _overall(compared: dict[str, Comparison]) -> dict[str, Any]:
-    """Cosine and relative difference of the two deltas as one vector each."""
-    a2 = sum(c.norm_a**2 for c in compared.values())
-    b2 = sum(c.norm_b**2 for c in compared.values())
-    product = sum((c.cosine or 0.0) * c.norm_a * c.norm_b for c in compared.values())
-    difference = max(a2 + b2 - 2 * product, 0.0)
-    return {
-        "cosine": product / (a2 * b2) ** 0.5 if a2 and b2 else None,
-        "relative_difference": (difference / a2) ** 0.5 if a2 else None,
-    }
 
 
 def _print(result: dict[str, Any], found: dict[str, Spectrum]) -> None:

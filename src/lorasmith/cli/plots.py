@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 from lorasmith.errors import OutputError
 
 if TYPE_CHECKING:
-    import torch
-
     from lorasmith.analysis import Comparison, ExtractErrors, RelativeError, Spectrum
     from lorasmith.lora import Adapter
 
@@ -22,13 +20,6 @@ INK, SOFT, BLUE, ORANGE, GREY = "#1b2430", "#6b7685", "#1f4e9c", "#c2410c", "#c9
 KINDS = ("#1f4e9c", "#2f8fb3", "#3aa17e", "#b58b00", "#c2410c", "#a0357a", "#6650a4", "#5b6570")
 MOST_KINDS = 8
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
-
-
-def wider(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64."""
-    import torch
-
-    return torch.promote_types(dtype, torch.float32)
 
 
 def draw_spectra(found: Mapping[str, Spectrum], title: str, out: Path) -> None:
@@ -117,11 +108,13 @@ def draw_combination(
     sources: Mapping[str, Adapter], weights: Sequence[float], made: Adapter, title: str, out: Path
 ) -> None:
     """How alike the inputs and the result are, and their sizes layer by layer."""
+    from lorasmith.analysis import cosine
+
     named = {f"{_short(path)}\n× {w:g}": a for (path, a), w in zip(sources.items(), weights, strict=True)}
     named["result"] = made
     with _figure(out, 1, 2, title) as axes:
         panel, labels = axes[0][0], list(named)
-        cosines = [[_cosine(a, b) for b in named.values()] for a in named.values()]
+        cosines = [[cosine(a, b) or 0.0 for b in named.values()] for a in named.values()]
         image = panel.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
         panel.figure.colorbar(image, ax=panel, fraction=0.046, pad=0.03)
         panel.set_xticks(range(len(labels)), labels, fontsize=8)
@@ -280,15 +273,6 @@ def _norm_by_layer(adapter: Adapter) -> dict[int, float]:
         layer = _place(path)[1]
         squares[layer] = squares.get(layer, 0.0) + s.frobenius_norm**2
     return {layer: math.sqrt(value) for layer, value in sorted(squares.items())}
-
-
-def _cosine(a: Adapter, b: Adapter) -> float:
-    from lorasmith.analysis import compare
-
-    compared = compare(a, b).values()
-    sizes = math.sqrt(sum(c.norm_a**2 for c in compared) * sum(c.norm_b**2 for c in compared))
-    product = sum((c.cosine or 0.0) * c.norm_a * c.norm_b for c in compared)
-    return product / sizes if sizes else 0.0
 
 
 def _short(path: str) -> str:
