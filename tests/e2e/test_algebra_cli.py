@@ -277,6 +277,13 @@ def spoiled(place, tmp_path, name):
             return ["combine", d, tmp_path / "wide-adapter", "--out", out]
         return ["extract", "--base", base, "--tuned", tmp_path / "wide", "--rank", 2, "--out", out]
     (tmp_path / "taken.png").touch()
+    if name.startswith("broken config"):
+        shutil.copytree(base, tmp_path / "broken")
+        (tmp_path / "broken" / "config.json").write_text("[" if name.endswith("extract") else "[]")
+        rest = ["--base", tmp_path / "broken", "--out", out, "--allow-base-mismatch"]
+        if name.endswith("extract"):
+            return ["extract", "--tuned", place / "other", "--rank", 2, *rest[:-1]]
+        return ["export", d, "--to", "gguf", *rest]
     combined = ["combine", a, b, "--out", out]
     small = ["compress", a, "--out", out]
     pulled = ["extract", "--base", base, "--tuned", place / "other", "--out", out]
@@ -363,6 +370,8 @@ def spoiled(place, tmp_path, name):
         ("no such adapter", "does not exist"),
         ("against nothing", "does not exist"),
         ("inspect over something", "ends in .png"),
+        ("broken config, extract", "config.json cannot be read"),
+        ("broken config, export", "config.json"),
         ("same model", "nothing to extract"),
         ("tuned is an adapter", "it holds an adapter, not a base"),
         ("extract rank", "use a whole number of at least 1"),

@@ -338,6 +338,9 @@ def test_gguf_of_gpt2_keeps_out_and_in(tmp_path):
         ({}, "model.layers.0.self_attn.w_qkv", "has no counterpart"),
         ({"num_hidden_layers": 1}, None, "model.layers.1.self_attn.q_proj has no counterpart"),
         ({}, "lm_head", "tied to the embeddings"),
+        ({"num_attention_heads": 5}, None, "do not divide into 5 heads"),
+        ({"num_attention_heads": "4"}, None, "no whole number as num_attention_heads"),
+        ({"num_hidden_layers": None}, None, "no whole number as num_hidden_layers or n_layer"),
     ],
 )
 def test_gguf_refuses_what_llama_cpp_has_no_place_for(tmp_path, change, path, said):

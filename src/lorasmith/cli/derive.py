@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.cli.options import say
-from lorasmith.errors import BaseMismatchError, ConfigError, OutputError
+from lorasmith.errors import BaseMismatchError, BaseNotFoundError, ConfigError, OutputError
 
 if TYPE_CHECKING:
     from lorasmith.lora import Adapter
@@ -29,6 +30,22 @@ def read_any(path: Path) -> Adapter:
     from lorasmith.formats import is_mlx, read_adapter, read_mlx
 
     return read_mlx(path) if is_mlx(path) else read_adapter(path)
+
+
+def read_base_config(directory: Path) -> dict[str, Any]:
+    """A base's `config.json`.
+
+    Raises:
+        BaseNotFoundError: it cannot be read, or holds no JSON object.
+    """
+    file = directory / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BaseNotFoundError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(values, dict):
+        raise BaseNotFoundError(f"{file} holds no JSON object, so it describes no model.")
+    return values
 
 
 def require_new(out: Path, plot: Path | None = None) -> Path:

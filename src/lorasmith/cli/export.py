@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.derive import AdapterArgument, OutOption, derived_from, described, read_any
+from lorasmith.cli.derive import (
+    AdapterArgument,
+    OutOption,
+    derived_from,
+    described,
+    read_any,
+    read_base_config,
+)
 from lorasmith.cli.options import JsonOption, MismatchOption, print_json, say
 from lorasmith.errors import BaseMismatchError, BaseNotFoundError, ConfigError, OutputError, did_you_mean
 
@@ -65,7 +71,7 @@ def _write(adapter: Adapter, to: str, out: Path, directory: Path | None) -> tupl
         return formats.judge_mlx(), f"scale {next(iter(made.factors.values())).scaling:g}"
     if to == "gguf":
         assert directory is not None
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = read_base_config(directory)
         return formats.judge_gguf(), _folding(formats.write_gguf(adapter, out, config))
     if to == "peft":
         formats.write_adapter(adapter, out)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lorasmith.cli.derive import OutOption, PlotOption, derived_from, progress_bar, require_new
+from lorasmith.cli.derive import (
+    OutOption,
+    PlotOption,
+    derived_from,
+    progress_bar,
+    read_base_config,
+    require_new,
+)
 from lorasmith.cli.options import BaseOption, JsonOption, print_json, say
 
 # Architectures of transformers that are built of `Conv1D`, whose weights are stored (in, out).
@@ -71,8 +77,7 @@ def extract(
 
 def conv1d_paths(directory: Path, names: Any) -> list[str]:
     """Modules whose weights are stored (in, out), told by the model's config and their names."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") not in CONV1D_MODELS:
+    if read_base_config(directory).get("model_type") not in CONV1D_MODELS:
         return []
     paths = (name.removesuffix(".weight") for name in names)
     return [path for path in paths if path.rpartition(".")[2] in CONV1D_NAMES]

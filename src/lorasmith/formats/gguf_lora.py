@@ -93,7 +93,16 @@ def gguf_tensors(adapter: Adapter, base_config: Mapping[str, Any]) -> dict[str, 
 
 
 def permute_rows(B: Tensor, heads: int) -> Tensor:
-    """Rows of each head from (first half, second half) to pairs: Hugging Face's rotary layout to llama.cpp's."""
+    """Rows of each head from (first half, second half) to pairs: Hugging Face's rotary layout to llama.cpp's.
+
+    Raises:
+        AdapterFileError: the rows do not divide into heads of even size.
+    """
+    if B.shape[0] % (2 * heads):
+        raise AdapterFileError(
+            f"export --to gguf: {B.shape[0]} rows of q or k do not divide into {heads} heads of even size; "
+            "is this the base that the adapter was trained on?"
+        )
     halves = B.reshape(heads, 2, B.shape[0] // heads // 2, B.shape[1])
     return halves.transpose(1, 2).reshape(B.shape)
 
@@ -115,8 +124,7 @@ def _names(adapter: Adapter, base_config: Mapping[str, Any]) -> dict[str, str]:
 
     wanted = _architecture(base_config).name
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted)
-    layers = int(base_config.get("num_hidden_layers") or base_config.get("n_layer") or 0)
-    table = gguf.get_tensor_name_map(architecture, layers)
+    table = gguf.get_tensor_name_map(architecture, _count(base_config, "num_hidden_layers", "n_layer"))
     found = {path: table.get_name(f"{path}.weight", try_suffixes=(".weight",)) for path in adapter.factors}
     faults = [
         f"{path} has no counterpart in llama.cpp's {wanted}" for path, name in found.items() if not name
@@ -133,9 +141,23 @@ def _names(adapter: Adapter, base_config: Mapping[str, Any]) -> dict[str, str]:
 
 def _heads(path: str, base_config: Mapping[str, Any]) -> int:
     """How many heads the rows of this module belong to; 0 where they are not permuted."""
-    heads = int(base_config["num_attention_heads"])
-    of_name = {"q_proj": heads, "k_proj": int(base_config.get("num_key_value_heads") or heads)}
-    return of_name.get(path.rpartition(".")[2], 0)
+    keys = {"q_proj": ("num_attention_heads",), "k_proj": ("num_key_value_heads", "num_attention_heads")}
+    wanted = keys.get(path.rpartition(".")[2])
+    return 0 if wanted is None else _count(base_config, *wanted)
+
+
+def _count(base_config: Mapping[str, Any], *keys: str) -> int:
+    """The first of these numbers that the base's config holds.
+
+    Raises:
+        AdapterFileError: none of them is there as a positive whole number.
+    """
+    values = [base_config[key] for key in keys if base_config.get(key) is not None]
+    if not values or type(values[0]) is not int or values[0] < 1:
+        raise AdapterFileError(
+            f"export --to gguf: the base's config.json gives no whole number as {' or '.join(keys)}"
+        )
+    return int(values[0])
 
 
 def _write(
