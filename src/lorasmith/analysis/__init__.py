@@ -8,7 +8,7 @@ May import: lora, errors.
 
 from lorasmith.analysis.amplification import Amplification, amplification
 from lorasmith.analysis.combine import Combined, Method, combine, subtract
-from lorasmith.analysis.compare import Comparison, compare, overlap_grid, subspace_overlap
+from lorasmith.analysis.compare import Comparison, compare, cosine, overlap_grid, subspace_overlap
 from lorasmith.analysis.extract import Extracted, ExtractErrors, extract_from_full, looks_linear
 from lorasmith.analysis.spectrum import Spectrum, singular_values, spectra, spectrum, svd
 from lorasmith.analysis.storage import Storage, StorageName, as_stored
@@ -33,6 +33,7 @@ __all__ = [
     "as_stored",
     "combine",
     "compare",
+    "cosine",
     "extract_from_full",
     "looks_linear",
     "open_tensors",

@@ -8,7 +8,21 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from lorasmith.cli import bench, check, data, evaluate, generate, merge, quickstart, train
+from lorasmith.cli import (
+    bench,
+    check,
+    combine,
+    compress,
+    data,
+    evaluate,
+    export,
+    extract,
+    generate,
+    inspect_adapter,
+    merge,
+    quickstart,
+    train,
+)
 from lorasmith.errors import LoraSmithError
 
 BAD_INPUT = 2
@@ -39,6 +53,11 @@ app.command("generate")(generate.generate)
 app.command("check")(check.check)
 app.command("merge")(merge.merge)
 app.command("bench")(bench.bench)
+app.command("inspect")(inspect_adapter.inspect)
+app.command("compress")(compress.compress)
+app.command("combine")(combine.combine)
+app.command("extract")(extract.extract)
+app.command("export")(export.export)
 app.add_typer(data.app, name="data")
 
 
