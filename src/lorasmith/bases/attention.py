@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 NAME = "lorasmith"
-AttentionFunction = Callable[..., Tensor]
+AttentionFunction = Callable[..., Any]
 """(q, k, v, mask, *, scale) to outputs, all (batch, heads, slots, d); k and v may have fewer heads."""
 
 
