@@ -121,6 +121,7 @@ class Slots:
 
     def __init__(self, groups: Sequence[GroupSpec], dtype: torch.dtype, device: torch.device) -> None:
         self.groups = tuple(groups)
+        self._dtype, self._device = dtype, device
         self.stacks = [FactorStack(g, dtype, device) for g in groups]
         self._group_of = {p: (g, i) for g, spec in enumerate(groups) for i, p in enumerate(spec.paths)}
         self._held: list[Generation | None] = []
@@ -128,6 +129,21 @@ class Slots:
         self._empty: list[tuple[int, ...]] = [(0,) * len(g.paths) for g in groups]
         self._routings: dict[tuple[object, ...], Routing] = {}
         self.writes = 0
+
+    def renewed(self) -> Slots:
+        """Empty slots for the same groups."""
+        return Slots(self.groups, self._dtype, self._device)
+
+    def why_not(self, adapter: Adapter) -> str | None:
+        """What of `adapter` the stacks cannot hold; None if they hold all of it."""
+        held = {f"{path}.{part}" for path in adapter.factors if path in self._group_of for part in "AB"}
+        rest = sorted(adapter.tensors().keys() - held)
+        if not rest:
+            return None
+        return (
+            f"it holds {len(rest)} tensors that are not factors of the layers which share a batch: {rest[0]}"
+            + (", …" if len(rest) > 1 else "")
+        )
 
     @property
     def num_bytes(self) -> int:

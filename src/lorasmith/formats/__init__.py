@@ -5,7 +5,7 @@ May import: lora, errors.
 
 from lorasmith.formats.check import Coverage, Problem, check_coverage, check_values
 from lorasmith.formats.header import AdapterHeader, ModuleHeader, read_header
-from lorasmith.formats.peft_dir import read_adapter, write_adapter
+from lorasmith.formats.peft_dir import read_adapter, read_with_digest, write_adapter
 
 __all__ = [
     "AdapterHeader",
@@ -16,5 +16,6 @@ __all__ = [
     "check_values",
     "read_adapter",
     "read_header",
+    "read_with_digest",
     "write_adapter",
 ]
