@@ -6,6 +6,7 @@ A generation that came from a directory may leave memory when nobody uses it, an
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from lorasmith.errors import AdapterFileError, UnknownAdapterError, did_you_mean
 from lorasmith.formats import read_with_digest
 from lorasmith.lora import Adapter
 
-LOADING_THREADS = 4
+LOADING_THREADS = min(4, os.cpu_count() or 1)  # more than cores queue for the interpreter lock
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def _non_finite(tensors: dict[tuple[str, str], Tensor]) -> list[tuple[str, str]]
     return [
         key
         for key, tensor in tensors.items()
-        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all()
+        if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all()
     ]
 
 
