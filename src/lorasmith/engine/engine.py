@@ -146,6 +146,18 @@ class Engine:
         """What computes."""
         return self.scheduler.runner
 
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose. With a base that is mapped from its file and packed, `base` is mostly not resident."""
+        runner = self.runner
+        return {
+            "base": sum(p.numel() * p.element_size() for p in self.base.model.parameters()),
+            "packed": getattr(runner, "packed_bytes", 0),
+            "kv_cache": runner.cache.num_bytes,
+            "prefix_cache": self.scheduler.prefix.num_bytes,
+            "slots": runner.slots.num_bytes,
+            "adapters": self.registry.resident_bytes,
+        }
+
     @property
     def restarts(self) -> int:
         """How often the watchdog had to start the loop again."""

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from lorasmith.engine import native
 from lorasmith.engine.cache import KVCache, KVShape
 from lorasmith.engine.generic import GenericRunner
-from lorasmith.engine.kernels import LinearGroup, can_pack
+from lorasmith.engine.kernels import LinearGroup, calibrate, can_pack
 from lorasmith.engine.native_llama import DecodeOps, Positions
+from lorasmith.engine.pages import give_back
 from lorasmith.engine.runner import Batch, rows_of
 from lorasmith.engine.slots import GroupSpec, Slots, add_lora
 
@@ -89,6 +90,9 @@ class LlamaRunner:
             self._ops = DecodeOps(self._heads, self._kv_heads, self._head_dim, self._scaling, self._eps)
         self._layers = [self._layer(layer) for layer in model.model.layers]
         self._head = LinearGroup([model.lm_head], pack=self._pack)
+        if self._pack and not exact:  # deterministic mode knows one kernel only
+            calibrate([g for layer in self._layers for g in layer.groups])
+        self._give_back_pages()
         dims = ((self._kv_heads, self._head_dim),) * len(self._layers)
         self.cache = KVCache(KVShape(dims, dims, weight.dtype, weight.device), max_rows)
         self.slots = Slots(self._specs(), weight.dtype, weight.device)
@@ -104,6 +108,13 @@ class LlamaRunner:
         if self._pack:
             for group in (*(g for layer in self._layers for g in layer.groups), self._head):
                 group.repack()
+            self._give_back_pages()
+
+    def _give_back_pages(self) -> None:
+        """Where the packed copy computes, the weights of the file need not stay in memory."""
+        if self._pack:
+            groups = [g for layer in self._layers for g in layer.groups if g.plain_from is None]
+            give_back([module.weight for group in groups for module in group.modules])
 
     def renewed(self) -> LlamaRunner:
         """The same weights, with a cache, slots and working memory of its own."""
