@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ class Handle:
         self._done = threading.Event()
         self._result: Result | None = None
         self._on_cancel = on_cancel
+        self._on_done: Callable[[Result], None] | None = None
+        self._lock = threading.Lock()
         self.is_cancelled = False
 
     def cancel(self) -> None:
@@ -42,10 +45,23 @@ class Handle:
         assert self._result is not None
         return self._result
 
+    def when_done(self, callback: Callable[[Result], None]) -> None:
+        """Call back once with the result: from the loop's thread, or at once if it is there already."""
+        with self._lock:
+            self._on_done = callback
+            is_late = self._result is not None
+        if is_late:
+            callback(self.result())
+
     def set(self, result: Result) -> None:
         """Called once by the engine."""
-        self._result = result
+        with self._lock:
+            self._result = result
+            callback = self._on_done
         self._done.set()
+        if callback is not None:
+            with contextlib.suppress(Exception):  # a listener's fault must not stop the loop
+                callback(result)
 
 
 @dataclass(eq=False)
