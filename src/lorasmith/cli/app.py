@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from lorasmith.cli import check, data, evaluate, generate, merge, quickstart, store, train
+from lorasmith.cli import check, data, evaluate, generate, merge, quickstart, serve, store, train
 from lorasmith.errors import LoraSmithError
 
 BAD_INPUT = 2
@@ -38,6 +38,8 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("check")(check.check)
 app.command("merge")(merge.merge)
+app.command("serve")(serve.serve)
+app.command("key")(serve.key)
 app.add_typer(data.app, name="data")
 app.add_typer(store.app, name="store")
 

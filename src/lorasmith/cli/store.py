@@ -23,13 +23,16 @@ def _open(path: Path, *, create: bool = False) -> Store:
     return Store(path, create=create)
 
 
-def _base_facts(base: str) -> BaseFacts:
+def base_facts(base: str, *, allow_mismatch: bool = False) -> BaseFacts:
+    """What an adapter must fit, read from the base's headers."""
     from lorasmith.bases import base_directory, fingerprint_directory, match_base, read_headers
     from lorasmith.store import BaseFacts
 
     directory = base_directory(base)
-    fingerprint = fingerprint_directory(directory)
     shapes = {name: tensor.shape for name, tensor in read_headers(directory).items()}
+    if allow_mismatch:
+        return BaseFacts(base, shapes, lambda _: None)
+    fingerprint = fingerprint_directory(directory)
     return BaseFacts(base, shapes, lambda provenance: match_base(provenance, fingerprint))
 
 
@@ -59,7 +62,7 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter, copy it in, and make it the next version of a name."""
-    facts = None if base is None else _base_facts(base)
+    facts = None if base is None else base_facts(base)
     if facts is None:
         say("not compared with a base (give --base): only the adapter itself is checked")
     opened = _open(store, create=True)

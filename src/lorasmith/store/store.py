@@ -189,7 +189,10 @@ class Store:
     ) -> Version:
         """`add` for files that were written to a `stage`."""
         check_name(name)
-        adapter = read_adapter(staged.path)
+        try:
+            adapter = read_adapter(staged.path)
+        except AdapterFileError as error:  # where the private copy lies is nobody's business
+            raise AdapterFileError(str(error).replace(str(staged.path), f'"{name}"')) from None
         refuse_problems(name, staged.path, adapter, base, allow)
         try:
             number = self._add(name, staged, adapter, promote)
