@@ -79,7 +79,7 @@ class Adapters:
             UnknownAdapterError: nothing, so never the base.
         """
         if model == self.base_id:
-            if self._is_alias(model):
+            if self.store.find_alias(model) is not None:
                 raise ConfigError(f'"{model}" is the base and also an alias; rename the alias')
             if tenant.may_use(model):
                 return Resolved(model, model, None, None)
@@ -154,7 +154,7 @@ class Adapters:
 
     def sweep(self) -> None:
         """Forget adapters that the store no longer has, so that their files can go."""
-        wanted = {version.digest for version in self.store.versions()}
+        wanted = self.store.digests()
         for digest in self.loaded:
             if digest not in wanted:
                 self.unload(digest, withdraw=False)
@@ -176,17 +176,13 @@ class Adapters:
 
     def _find(self, model: str, tenant: Tenant, key: str) -> Version | None:
         try:
-            version = self.store.resolve(model, key=key)
-            if version.digest != model:
-                return version if tenant.may_use(model.partition("@")[0]) else None
-            versions = self.store.by_digest(model)
-        except (UnknownAdapterError, ConfigError):
+            version = self.store.find(model, key=key)
+        except ConfigError:
             return None
-        allowed = (v for v in versions if any(map(tenant.may_use, (v.name, *v.aliases))))
-        return next(allowed, None)
-
-    def _is_alias(self, name: str) -> bool:
-        return any(alias.alias == name for alias in self.store.aliases())
+        if version is None or version.digest != model:
+            return version if tenant.may_use(model.partition("@")[0]) else None
+        same = self.store.by_digest(model)
+        return next((v for v in same if any(map(tenant.may_use, (v.name, *v.aliases)))), None)
 
     def _read_in(self, digest: str, base: dict[str, Any] | None) -> Lease:
         self._check_base(base)

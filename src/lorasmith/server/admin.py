@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorasmith.bases import match_base, read_headers
-from lorasmith.errors import ConfigError, OverloadedError, UnknownAdapterError
+from lorasmith.errors import ConfigError, DeadlineError, OverloadedError, UnknownAdapterError
 from lorasmith.server.gateway import Gateway
 from lorasmith.store import BaseFacts, Staged
 
@@ -219,23 +219,27 @@ def _refuse_base_name(gateway: Gateway, name: str) -> None:
 
 
 async def _receive_file(gateway: Gateway, staged: Staged, name: str, body: AsyncIterator[bytes]) -> int:
-    """From the socket to the disk, a piece at a time, through a short queue."""
+    """From the socket to the disk, a piece at a time, through a short queue and a thread of its own."""
     pieces: asyncio.Queue[bytes | None] = asyncio.Queue(8)
     loop = asyncio.get_running_loop()
 
-    def taken() -> Any:
+    def taken() -> Iterator[bytes]:
         while (piece := asyncio.run_coroutine_threadsafe(pieces.get(), loop).result()) is not None:
             yield piece
 
     limit = gateway.config.max_upload_bytes
-    writing = asyncio.ensure_future(gateway.in_thread(staged.write, name, taken(), max_bytes=limit))
+    writing = asyncio.ensure_future(asyncio.to_thread(staged.write, name, taken(), max_bytes=limit))
     try:
-        async for piece in body:
+        while not writing.done():
+            async with asyncio.timeout(gateway.config.body_timeout_s):
+                piece = await anext(body, None)
             putting = asyncio.ensure_future(pieces.put(piece))
             await asyncio.wait({putting, writing}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                putting.cancel()
+            putting.cancel()
+            if piece is None:
                 break
+    except TimeoutError:
+        raise DeadlineError("the upload stalled") from None
     finally:
         if not writing.done():
             await pieces.put(None)

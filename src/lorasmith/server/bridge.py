@@ -41,19 +41,23 @@ class Answers:
         self._bridge = bridge
         self._events: asyncio.Queue[tuple[int, TokenEvent | Result | DeadlineError]] = asyncio.Queue()
         self.handles: list[Handle] = []
+        self.is_cancelled = False
 
     def listener(self, index: int) -> OnToken:
         """What the engine calls with the tokens of answer `index`."""
         return lambda event: self._bridge.post(self._events.put_nowait, (index, event))
 
     def follow(self, handle: Handle) -> None:
-        """The engine took the next one."""
+        """The engine took the next one. Called from the thread that handed it over."""
         index = len(self.handles)
         self.handles.append(handle)
         handle.when_done(lambda result: self._bridge.post(self._events.put_nowait, (index, result)))
+        if self.is_cancelled:  # the client left while the engine was given the request
+            handle.cancel()
 
     def cancel(self) -> None:
-        """Let the engine drop them within one step."""
+        """Let the engine drop them within one step, and whatever is handed over from now on."""
+        self.is_cancelled = True
         for handle in self.handles:
             if not handle.done():
                 handle.cancel()

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from lorasmith.bases import Base
-from lorasmith.engine import Engine, Handle, OnToken, Request, Result, TokenEvent
+from lorasmith.engine import Engine, OnToken, Request, Result, TokenEvent
 from lorasmith.errors import (
     BudgetError,
     ConfigError,
@@ -291,19 +291,25 @@ class Gateway:
             if running.is_checked:
                 sent = replace(sent, logprobs=True)
             listener = running.answers.listener(index) if asked.is_streamed else None
-            running.answers.follow(await self._submit(sent, listener, asked.resolved))
             running.sent.append(sent)
+            await self._submit(running.answers, sent, listener, asked.resolved)
         label = (asked.resolved.name, str(asked.resolved.version or ""), digest or "")
         self.admitted[label] += len(asked.requests)
 
-    async def _submit(self, request: Request, on_token: OnToken | None, resolved: Resolved) -> Handle:
+    async def _submit(
+        self, answers: Answers, request: Request, on_token: OnToken | None, resolved: Resolved
+    ) -> None:
         """The engine refuses a digest that it does not know, so no other weights can answer."""
+
+        def submit() -> None:
+            answers.follow(self.engine.submit(request, on_token))
+
         loop = asyncio.get_running_loop()
         for _ in range(LOADING_ATTEMPTS):  # others may push an idle adapter out in between
             if resolved.digest is not None:
                 await loop.run_in_executor(self._loading, self.adapters.load, resolved.digest, resolved.base)
             try:
-                return await self.in_thread(self.engine.submit, request, on_token)
+                return await self.in_thread(submit)
             except UnknownAdapterError:
                 continue
         raise OverloadedError("more adapters are asked for at once than this server may load")

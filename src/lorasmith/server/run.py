@@ -56,6 +56,7 @@ def run(
         log_config=None,
         access_log=False,
         lifespan="on",
+        ws="none",
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,

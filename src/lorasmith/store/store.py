@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import getpass
-import hashlib
 import json
 import math
 import os
-import sqlite3
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorasmith.errors import AdapterFileError, ConfigError, OutputError, UnknownAdapterError, did_you_mean
+from lorasmith.errors import AdapterFileError, ConfigError, OutputError
 from lorasmith.formats import read_adapter, read_header
 from lorasmith.lora import Adapter
+from lorasmith.store.catalog import Catalog
 from lorasmith.store.checks import read_checked, refuse_problems
 from lorasmith.store.database import Database
-from lorasmith.store.names import check_name, is_digest, split_model
+from lorasmith.store.names import check_name, split_model
 from lorasmith.store.objects import Lease, Objects, Staged, explained
-from lorasmith.store.records import Alias, AuditEntry, BaseFacts, Version
+from lorasmith.store.records import Alias, BaseFacts, Version
 
 DATABASE_NAME = "registry.sqlite"
-_LIVE = "SELECT * FROM versions WHERE NOT is_removed"
 
 
-class Store:
+class Store(Catalog):
     """A registry in a directory. Any number of threads and processes may use it at once.
 
     Args:
@@ -46,70 +44,11 @@ class Store:
         with explained(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             self._objects = Objects(self.root)
-        self._db = Database(self.root / DATABASE_NAME, actor or _me())
+        super().__init__(Database(self.root / DATABASE_NAME, actor or _me()))
 
     def close(self) -> None:
         """Close the database. Leases live on."""
         self._db.close()
-
-    # -- reading ------------------------------------------------------------------------------------
-
-    def versions(self, name: str | None = None) -> list[Version]:
-        """Every version, or those of one name, oldest first."""
-        where = "" if name is None else " AND name = ?"
-        rows = self._db.read(f"{_LIVE}{where} ORDER BY name, version", () if name is None else (name,))
-        pointing: dict[tuple[str, int], list[str]] = {}
-        for alias in self.aliases():
-            pointing.setdefault((alias.name, alias.version), []).append(alias.alias)
-        return [Version.of(row, pointing.get((row["name"], row["version"]), ())) for row in rows]
-
-    def aliases(self) -> list[Alias]:
-        """Every alias, by name."""
-        sql = "SELECT a.*, v.digest FROM aliases a JOIN versions v USING (name, version) ORDER BY alias"
-        return [Alias.of(row) for row in self._db.read(sql)]
-
-    def alias(self, alias: str) -> Alias:
-        """One alias.
-
-        Raises:
-            UnknownAdapterError: nobody made it.
-        """
-        sql = "SELECT a.*, v.digest FROM aliases a JOIN versions v USING (name, version) WHERE alias = ?"
-        rows = self._db.read(sql, (alias,))
-        if not rows:
-            raise self._unknown(alias)
-        return Alias.of(rows[0])
-
-    def resolve(self, model: str, *, key: str = "") -> Version:
-        """The version that an alias, `alias@version` or a digest means.
-
-        Args:
-            key: who asks. While the alias has a canary, the same key always gets the same version.
-
-        Raises:
-            UnknownAdapterError: there is none.
-            ConfigError: what follows the `@` is no version number.
-        """
-        if is_digest(model):
-            return self.by_digest(model)[0]
-        name, version = split_model(model)
-        alias = self.alias(name)
-        if version is None:
-            version = alias.version
-            if alias.canary is not None and _share_of(alias.alias, key) < alias.canary.share:
-                version = alias.canary.version
-        return self._get(alias.name, version, (name,))
-
-    def by_digest(self, digest: str) -> list[Version]:
-        """Every version with this content, the newest first.
-
-        Raises:
-            UnknownAdapterError: there is none.
-        """
-        found = [v for v in self.versions() if v.digest == digest]
-        if not found:
-            raise UnknownAdapterError(f"the store holds no adapter with digest {digest}.")
-        return found[::-1]
 
     def path(self, digest: str) -> Path:
         """The directory of an adapter; hold a lease while it is read."""
@@ -134,13 +73,6 @@ class Store:
             return read_checked(lease.path, digest)
         finally:
             lease.release()
-
-    def audit(self, limit: int = 100) -> list[AuditEntry]:
-        """The last changes, newest first."""
-        rows = self._db.read("SELECT * FROM audit ORDER BY number DESC LIMIT ?", (limit,))
-        return [AuditEntry(**dict(row)) for row in rows]
-
-    # -- changing -----------------------------------------------------------------------------------
 
     def add(
         self,
@@ -338,8 +270,6 @@ class Store:
                     db.log("collect", "", None, digest)
         return freed
 
-    # -- inner --------------------------------------------------------------------------------------
-
     def _discard(self, digest: str) -> bool:
         """Nothing is written to the database here, so that a full disk can be freed."""
         with self._db.write():
@@ -349,28 +279,12 @@ class Store:
         if not self._is_wanted(digest):
             self.collect()
 
-    def _is_wanted(self, digest: str) -> bool:
-        return bool(self._db.read(f"{_LIVE} AND digest = ? LIMIT 1", (digest,)))
-
     def _is_intact(self, digest: str) -> bool:
         try:
             read_checked(self.path(digest), digest)
         except AdapterFileError:
             return False
         return True
-
-    def _live_version_of(self, name: str, digest: str) -> int | None:
-        rows = self._db.read(
-            f"{_LIVE} AND name = ? AND digest = ? ORDER BY version DESC LIMIT 1", (name, digest)
-        )
-        return int(rows[0]["version"]) if rows else None
-
-    def _next_version(self, name: str) -> int:
-        rows = self._db.read("SELECT max(version) AS last FROM versions WHERE name = ?", (name,))
-        return int(rows[0]["last"] or 0) + 1
-
-    def _alias_row(self, alias: str) -> sqlite3.Row | None:
-        return next(iter(self._db.read("SELECT * FROM aliases WHERE alias = ?", (alias,))), None)
 
     def _point(self, alias: str, name: str, version: int) -> None:
         """Move an alias and remember where it was; nothing happens if it is there already."""
@@ -391,36 +305,6 @@ class Store:
             (alias, name, version),
         )
         self._db.log(action, alias, version, self._get(name, version).digest, f"{name}@{version}")
-
-    def _pointing_at(self, name: str, versions: set[int]) -> list[str]:
-        rows = self._db.read("SELECT * FROM aliases WHERE name = ? ORDER BY alias", (name,))
-        return [r["alias"] for r in rows if {r["version"], r["canary_version"]} & versions]
-
-    def _canonical(self, model: str) -> Version:
-        """As `resolve`, without its canary."""
-        if is_digest(model) or "@" in model:
-            return self.resolve(model)
-        alias = self.alias(model)
-        return self._get(alias.name, alias.version)
-
-    def _get(self, name: str, version: int, asked: Sequence[str] = ()) -> Version:
-        rows = self._db.read(f"{_LIVE} AND name = ? AND version = ?", (name, version))
-        if not rows:
-            there = ", ".join(str(v.version) for v in self.versions(name)) or "none"
-            raise UnknownAdapterError(f'"{name}" has no version {version} (there are: {there}).')
-        return Version.of(rows[0], asked)
-
-    def _unknown(self, model: str) -> UnknownAdapterError:
-        known = [alias.alias for alias in self.aliases()]
-        return UnknownAdapterError(
-            f'no adapter "{model[:160]}" is registered.{did_you_mean(model[:160], known)}'
-        )
-
-
-def _share_of(alias: str, key: str) -> float:
-    """A number in [0, 1) that depends on nothing but these two texts."""
-    text = f"{len(alias)} {alias} {key}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2.0**56
 
 
 def _me() -> str:
