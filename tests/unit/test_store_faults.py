@@ -9,6 +9,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -23,6 +24,17 @@ from lorasmith.store.names import is_digest
 from tests.support.adapters import write_small
 
 CALLS = ("open", "write", "fsync", "rename", "chmod", "close", "mkdir")
+
+
+@pytest.fixture
+def memory_path(tmp_path):
+    """A folder in memory where there is one: a killed process loses nothing there, and fsync costs nothing."""
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +108,13 @@ def kill_again_and_again(root: Path, sources: list[Path], times: int) -> None:
     assert len(acknowledged) > times / 4, "too little happened between the kills to prove anything"
 
 
-def test_kill_at_random_instants(tmp_path, sources):
-    kill_again_and_again(tmp_path / "store", sources, 30)
+def test_kill_at_random_instants(memory_path, sources):
+    kill_again_and_again(memory_path / "store", sources, 30)
 
 
 @pytest.mark.slow
-def test_kill_at_random_instants_two_hundred_times(tmp_path, sources):
-    kill_again_and_again(tmp_path / "store", sources, 200)
+def test_kill_at_random_instants_two_hundred_times(memory_path, sources):
+    kill_again_and_again(memory_path / "store", sources, 200)
 
 
 class Countdown:
@@ -138,15 +150,15 @@ def change(root: Path, sources: list[Path], trace: Callable[[], None] | None = N
     store.close()
 
 
-def test_kill_at_every_step_of_adding_and_removing(tmp_path, sources):
-    prepared = tmp_path / "prepared"
+def test_kill_at_every_step_of_adding_and_removing(memory_path, sources):
+    prepared = memory_path / "prepared"
     first = Store(prepared)
     digest = first.add("a", sources[0]).digest
     first.close()
     step = 0
     while True:
         step += 1
-        root = tmp_path / "store"
+        root = memory_path / "store"
         shutil.copytree(prepared, root)
         child = os.fork()
         if child == 0:  # pragma: no cover
@@ -184,10 +196,10 @@ def raise_full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_that_is_full_at_every_call(tmp_path, sources):
+def test_a_disk_that_is_full_at_every_call(memory_path, sources):
     """A fake: the n-th call that needs space fails, for every n."""
     for step in range(1, 200):
-        root = tmp_path / f"store-{step}"
+        root = memory_path / f"store-{step}"
         store = Store(root)
         digest = store.add("a", sources[0]).digest
         countdown = Countdown(step, raise_full, ("write", "fsync", "rename", "mkdir"))
