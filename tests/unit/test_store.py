@@ -21,6 +21,9 @@ from lorasmith.formats import read_adapter, write_adapter
 from lorasmith.store import BaseFacts, Store
 from tests.support.adapters import SHAPES, small_adapter, write_small
 
+# Children live for milliseconds and only use the store.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+
 
 @pytest.fixture
 def sources(tmp_path):

@@ -23,6 +23,8 @@ from lorasmith.store import Store
 from lorasmith.store.names import is_digest
 from tests.support.adapters import write_small
 
+# Children live for milliseconds and only use the store.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 CALLS = ("open", "write", "fsync", "rename", "chmod", "close", "mkdir")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,9 +37,14 @@ def base_facts(base: str, *, allow_mismatch: bool = False) -> BaseFacts:
     return BaseFacts(base, shapes, lambda provenance: match_base(provenance, fingerprint))
 
 
-def _show_version(version: Version) -> str:
-    aliases = f"  ← {', '.join(version.aliases)}" if version.aliases else ""
-    return f"{version.model:<28} {version.digest[:16]}{aliases}"
+def _show_version(version: Version, canaries: Sequence[str] = ()) -> str:
+    pointing = ", ".join([*version.aliases, *canaries])
+    return f"{version.model:<28} {version.digest[:16]}" + (f"  ← {pointing}" if pointing else "")
+
+
+def _canaries(aliases: list[Alias], version: Version) -> list[str]:
+    own = [(a.alias, a.canary) for a in aliases if a.name == version.name]
+    return [f"{alias} ({c.share:.0%} canary)" for alias, c in own if c and c.version == version.version]
 
 
 def _show_alias(store: Store, alias: Alias, as_json: bool) -> None:
@@ -75,11 +81,14 @@ def add(
 @app.command("list")
 def list_(store: StoreOption, as_json: JsonOption = False) -> None:
     """Every version, with the aliases that point to it."""
-    versions = _open(store).versions()
+    opened = _open(store)
+    versions, aliases = opened.versions(), opened.aliases()
     if as_json:
-        print_json({"adapters": [v.to_dict() for v in versions]})
+        listed = [v.to_dict() | {"canary_of": _canaries(aliases, v)} for v in versions]
+        print_json({"adapters": listed})
     else:
-        print("\n".join(map(_show_version, versions)) or "no adapters yet")
+        lines = [_show_version(v, _canaries(aliases, v)) for v in versions]
+        print("\n".join(lines) or "no adapters yet")
 
 
 @app.command()
@@ -97,7 +106,15 @@ def show(
         "rank": adapter.config.rank, "params": adapter.num_params, "bytes": adapter.num_bytes,
         "modules": len(adapter.factors), "path": str(opened.path(version.digest)),
     }  # fmt: skip
-    print_json(values) if as_json else print("\n".join(f"{k:<10} {v}" for k, v in values.items()))
+    if as_json:
+        print_json(values)
+        return
+    values |= {
+        "aliases": ", ".join(version.aliases) or "none",
+        "base": version.to_dict()["base"] or "not said",
+        "added_at": _clock(version.added_at),
+    }
+    print("\n".join(f"{key:<10} {value}" for key, value in values.items()))
 
 
 @app.command()
@@ -175,6 +192,9 @@ def audit(
         print_json({"entries": [vars(e) for e in entries]})
         return
     for e in entries:
-        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(e.at))
         what = e.name + (f"@{e.version}" if e.version else "")
-        print(f"{e.number:>5}  {at}  {e.action:<10} {what:<28} {e.detail}  ({e.actor})")
+        print(f"{e.number:>5}  {_clock(e.at)}  {e.action:<10} {what:<28} {e.detail}  ({e.actor})")
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

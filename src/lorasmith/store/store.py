@@ -242,7 +242,7 @@ class Store(Catalog):
             if blocking and not drop_aliases:
                 raise ConfigError(
                     f"{model} is still what {', '.join(blocking)} points to. Point it elsewhere first "
-                    "(store alias, store rollback), or drop it with it."
+                    "(store alias, store rollback), or remove it too (--drop-aliases)."
                 )
             for alias in pointing:
                 db.read("DELETE FROM aliases WHERE alias = ?", (alias,))
