@@ -22,6 +22,8 @@ class Handle:
         self._claim = threading.Lock()
         self._result: Result | None = None
         self._on_cancel = on_cancel
+        self._on_done: Callable[[Result], None] | None = None
+        self._lock = threading.Lock()
         self.is_cancelled = False
 
     def cancel(self) -> None:
@@ -52,10 +54,23 @@ class Handle:
         """Whether the caller is the first that wants to give the result. Only the engine calls it."""
         return self._claim.acquire(blocking=False)
 
+    def when_done(self, callback: Callable[[Result], None]) -> None:
+        """Call back once with the result: from the loop's thread, or at once if it is there already."""
+        with self._lock:
+            self._on_done = callback
+            is_late = self._result is not None
+        if is_late:
+            callback(self.result())
+
     def set(self, result: Result) -> None:
         """Called once by the engine."""
-        self._result = result
+        with self._lock:
+            self._result = result
+            callback = self._on_done
         self._done.set()
+        if callback is not None:
+            with contextlib.suppress(Exception):  # a listener's fault must not stop the loop
+                callback(result)
 
 
 @dataclass(eq=False)

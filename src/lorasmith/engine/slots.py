@@ -129,6 +129,7 @@ class Slots:
         self._empty: list[tuple[int, ...]] = [(0,) * len(g.paths) for g in groups]
         self._routings: dict[tuple[object, ...], Routing] = {}
         self.writes = 0
+        self.writes_by_digest: dict[str, int] = {}
 
     def renewed(self) -> Slots:
         """Empty slots for the same groups."""
@@ -214,6 +215,7 @@ class Slots:
             stack.write(slot, factors)
         self._held[slot] = owner
         self.writes += 1
+        self.writes_by_digest[owner.digest] = self.writes_by_digest.get(owner.digest, 0) + 1
 
     def _factors_by_group(self, adapter: Adapter | None) -> list[list[Factors | None]]:
         found: list[list[Factors | None]] = [[None] * len(g.paths) for g in self.groups]
