@@ -17,7 +17,7 @@ VOCAB = 64
 def tiny_causal_lm(
     family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
 ):
-    """A two-layer decoder of transformers' own code: llama, qwen2, qwen3, gemma2, gpt2."""
+    """A two-layer decoder of transformers' own code: llama, qwen2, qwen3, gemma2, gpt2, mamba."""
     import transformers
 
     torch.manual_seed(seed)
@@ -44,6 +44,9 @@ def tiny_causal_lm(
             **(dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128) | overrides)
         ),
     }
+    configs["mamba"] = lambda: transformers.MambaConfig(
+        **(dict(vocab_size=VOCAB, hidden_size=32, state_size=8, num_hidden_layers=2) | overrides)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_config(configs[family]())

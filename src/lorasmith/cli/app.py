@@ -21,6 +21,8 @@ from lorasmith.cli import (
     inspect_adapter,
     merge,
     quickstart,
+    serve,
+    store,
     train,
 )
 from lorasmith.errors import LoraSmithError
@@ -58,7 +60,10 @@ app.command("compress")(compress.compress)
 app.command("combine")(combine.combine)
 app.command("extract")(extract.extract)
 app.command("export")(export.export)
+app.command("serve")(serve.serve)
+app.command("key")(serve.key)
 app.add_typer(data.app, name="data")
+app.add_typer(store.app, name="store")
 
 
 def main() -> None:

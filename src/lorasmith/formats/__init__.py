@@ -7,7 +7,7 @@ from lorasmith.formats.check import Coverage, Problem, check_coverage, check_val
 from lorasmith.formats.gguf_lora import GGUF_FILE_NAMES, write_gguf
 from lorasmith.formats.header import FILE_NAMES, AdapterHeader, ModuleHeader, read_header
 from lorasmith.formats.mlx_dir import MLX_FILE_NAMES, is_mlx, read_mlx, write_mlx
-from lorasmith.formats.peft_dir import read_adapter, write_adapter
+from lorasmith.formats.peft_dir import read_adapter, read_with_digest, write_adapter
 from lorasmith.formats.portable import Folded, make_portable
 from lorasmith.formats.runtimes import RUNTIMES, Verdict, judge_gguf, judge_mlx, judge_peft
 
@@ -32,6 +32,7 @@ __all__ = [
     "read_adapter",
     "read_header",
     "read_mlx",
+    "read_with_digest",
     "write_adapter",
     "write_gguf",
     "write_mlx",

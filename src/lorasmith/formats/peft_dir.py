@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,21 @@ def read_adapter(path: str | Path) -> Adapter:
     Raises:
         AdapterFileError: with every fault at once; then nothing is returned.
     """
+    return _read(path)[0]
+
+
+def read_with_digest(path: str | Path) -> tuple[Adapter, str]:
+    """`read_adapter`, and the digest of what it read, which is hashed only once.
+
+    Raises:
+        AdapterFileError: as `read_adapter` does.
+    """
+    adapter, digest = _read(path)
+    return adapter, adapter.digest if digest is None else digest
+
+
+def _read(path: str | Path) -> tuple[Adapter, str | None]:
+    """The adapter, and its digest where the sidecar made it necessary to form it."""
     header = read_header(path)
     tensors = _load(header)
     refuse(
@@ -36,14 +52,17 @@ def read_adapter(path: str | Path) -> Adapter:
     factors = {p: Factors(tensors[p, "A"], tensors[p, "B"], m.scaling) for p, m in header.modules.items()}
     biases = {p: tensors[p, "bias"] for p in header.biases}
     adapter = Adapter(header.config, factors, biases, dict(header.provenance))
-    if header.content_digest is not None and header.content_digest != adapter.digest:
+    if header.content_digest is None:
+        return adapter, None
+    digest = adapter.digest
+    if header.content_digest != digest:
         raise AdapterFileError(
             f"{header.path}: the weights or their scaling changed after they were written.\n"
             f"  digest in {sidecar.FILE_NAME}: {header.content_digest}\n"
-            f"  digest of the weights: {adapter.digest}\n"
+            f"  digest of the weights: {digest}\n"
             f"  Copy the adapter again, or delete {sidecar.FILE_NAME} if the change was meant."
         )
-    return adapter
+    return adapter, digest
 
 
 def write_adapter(
@@ -94,7 +113,12 @@ def _load(header: AdapterHeader) -> dict[tuple[str, str], Tensor]:
 
 
 def _non_finite(tensors: dict[tuple[str, str], Tensor]) -> list[tuple[str, str]]:
-    return [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    # A sum is finite only if every number is (or it overflowed, so the numbers are looked at).
+    return [
+        key
+        for key, tensor in tensors.items()
+        if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all()
+    ]
 
 
 def _for_disk(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
