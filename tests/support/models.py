@@ -16,7 +16,7 @@ VOCAB = 64
 def tiny_causal_lm(
     family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
 ):
-    """A two-layer decoder of transformers' own code: llama, qwen2, qwen3, gemma2, gpt2."""
+    """A two-layer decoder of transformers' own code: llama, qwen2, qwen3, gemma2, gemma3, gpt2."""
     import transformers
 
     torch.manual_seed(seed)
@@ -39,6 +39,7 @@ def tiny_causal_lm(
         "gemma2": lambda: transformers.Gemma2Config(
             **(common | {"head_dim": 8, "sliding_window": 16} | overrides)
         ),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**(common | {"head_dim": 8} | overrides)),
         "gpt2": lambda: transformers.GPT2Config(
             **(dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128) | overrides)
         ),

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lorasmith.errors import ConfigError, MergeStateError
-from lorasmith.inject import eject, extract, inject, is_merged, merge, merged, merging, switch, unmerge
+from lorasmith.inject import eject, extract, folding, inject, is_merged, merge, merged, switch, unmerge
 from lorasmith.lora import Adapter, FileSource, LoRAConfig, set_file_source
 from tests.support.models import TinyMLP, randomise, tiny_causal_lm, tokens
 from tests.support.tolerance import close
@@ -131,7 +131,7 @@ def test_an_exception_in_the_middle_leaves_a_consistent_model(monkeypatch, alrea
     if already:
         merge(model, a)
     at_start = bits(model)
-    real, calls = merging.add_delta, []
+    real, calls = folding.add_delta, []
 
     def fails_at_the_third(*args, **kwargs):
         calls.append(1)
@@ -139,7 +139,7 @@ def test_an_exception_in_the_middle_leaves_a_consistent_model(monkeypatch, alrea
             raise MemoryError("planted")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(merging, "add_delta", fails_at_the_third)
+    monkeypatch.setattr(folding, "add_delta", fails_at_the_third)
     with pytest.raises(MemoryError):
         (switch if already else merge)(model, b)
     assert same_bits(model, at_start)

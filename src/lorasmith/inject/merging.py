@@ -16,9 +16,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorasmith.errors import ConfigError, MergeStateError
-from lorasmith.inject.attach import check_fit, eject, inject, injection_of, lora_layers
-from lorasmith.inject.layer import LoRALayer, shape_of
-from lorasmith.lora import Adapter, FileSource, add_delta, file_source_of
+from lorasmith.inject.attach import adapted_layers, check_fit, eject, inject, injection_of, lora_layers
+from lorasmith.inject.folding import folded_extras, folded_weight, parameter_names, refuse_unmergeable
+from lorasmith.inject.kinds import AdaptedLayer
+from lorasmith.lora import Adapter, FileSource, file_source_of
 
 Keep = Literal["auto", "file", "cpu", "device"]
 _ATTRIBUTE = "lorasmith_merge"
@@ -37,7 +38,7 @@ class MergeState:
     adapter: Adapter
     keep: Keep
     pristine: dict[str, Tensor] = field(default_factory=dict)
-    silenced: list[LoRALayer] = field(default_factory=list)
+    silenced: list[AdaptedLayer] = field(default_factory=list)
     is_written: bool = False
 
 
@@ -67,7 +68,7 @@ def merge(model: nn.Module, adapter: Adapter, keep: Keep = "auto") -> None:
     model.__dict__[_ATTRIBUTE] = state
     with _all_or_nothing(model, state):
         _write(model, adapter, state)
-        state.silenced = [layer for layer in lora_layers(model).values() if layer.lora_is_active]
+        state.silenced = [layer for layer in adapted_layers(model).values() if layer.lora_is_active]
         for layer in state.silenced:
             layer.lora_is_active = False
     state.is_written = True
@@ -136,7 +137,7 @@ def _switch_merged(model: nn.Module, adapter: Adapter) -> None:
     check_fit(model, adapter)
     _keep_pristine(model, adapter, state)
     with _all_or_nothing(model, state):
-        _restore(model, state, _parameter_names(state.adapter) - _parameter_names(adapter))
+        _restore(model, state, parameter_names(state.adapter) - parameter_names(adapter))
         _write(model, adapter, state)
     state.adapter = adapter
 
@@ -145,7 +146,10 @@ def _switch_injected(model: nn.Module, adapter: Adapter) -> None:
     check_fit(model, adapter)
     layers, injection = lora_layers(model), injection_of(model)
     assert injection is not None
-    if layers.keys() == adapter.factors.keys() and injection.biases.keys() == adapter.biases.keys():
+    is_plain = not (adapter.extras or injection.saved or injection.rows or injection.config.parts)
+    is_plain = is_plain and adapted_layers(model).keys() == layers.keys() and not injection.config.lora_bias
+    same_places = layers.keys() == adapter.factors.keys() and injection.biases.keys() == adapter.biases.keys()
+    if is_plain and same_places and not adapter.config.parts:
         for path, layer in layers.items():
             layer.set_factors(adapter.factors[path])
         for path, bias in adapter.biases.items():
@@ -159,12 +163,13 @@ def _switch_injected(model: nn.Module, adapter: Adapter) -> None:
 @torch.no_grad()
 def _write(model: nn.Module, adapter: Adapter, state: MergeState) -> None:
     for path, factors in adapter.factors.items():
+        if factors.layout.kind == "expert":
+            continue
         module, name = model.get_submodule(path), f"{path}.weight"
         weight = model.get_parameter(name)
-        pristine = state.pristine[name].to(weight.device)
-        weight.data.copy_(add_delta(pristine, factors, transposed=shape_of(module).transposed))
-    for path, bias in adapter.biases.items():
-        model.get_parameter(f"{path}.bias").data.copy_(bias)
+        weight.data.copy_(folded_weight(module, path, state.pristine[name].to(weight.device), adapter))
+    for name, value in folded_extras(model, adapter, state.pristine):
+        model.get_parameter(name).data.copy_(value)
 
 
 @torch.no_grad()
@@ -190,9 +195,10 @@ def _all_or_nothing(model: nn.Module, state: MergeState) -> Iterator[None]:
 @torch.no_grad()
 def _keep_pristine(model: nn.Module, adapter: Adapter, state: MergeState) -> None:
     """Remember the base's bits of every parameter that `adapter` will change."""
+    refuse_unmergeable(model, adapter)
     _refuse_shared(model, adapter)
     source = file_source_of(model) if state.keep in ("auto", "file") else None
-    missing = _parameter_names(adapter) - state.pristine.keys()
+    missing = parameter_names(adapter) - state.pristine.keys()
     on_file = _matching_file_tensors(model, source, missing) if source else {}
     if state.keep == "file" and on_file.keys() != missing:
         raise MergeStateError(
@@ -228,17 +234,13 @@ def _refuse_shared(model: nn.Module, adapter: Adapter) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter.data_ptr(), []).append(name)
-    for name in sorted(_parameter_names(adapter)):
+    for name in sorted(parameter_names(adapter)):
         others = [n for n in owners[model.get_parameter(name).data_ptr()] if n != name]
         if others and model.get_parameter(name).numel():
             raise MergeStateError(
                 f"merge: {name} shares its memory with {', '.join(others)}, which would change too. "
                 "Leave it out of the adapter's targets, or serve the adapter unmerged."
             )
-
-
-def _parameter_names(adapter: Adapter) -> set[str]:
-    return {f"{p}.weight" for p in adapter.factors} | {f"{p}.bias" for p in adapter.biases}
 
 
 def _state(model: nn.Module) -> MergeState | None:

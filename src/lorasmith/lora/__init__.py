@@ -7,25 +7,35 @@ May import: errors.
 """
 
 from lorasmith.lora.adapter import Adapter
+from lorasmith.lora.blocks import gather, group_spans, spread
 from lorasmith.lora.config import BiasMode, InitName, LoRAConfig, pattern_matches
 from lorasmith.lora.delta import add_delta, compute_dtype, delta
-from lorasmith.lora.factors import Factors
+from lorasmith.lora.extras import Extras, TokenRows
+from lorasmith.lora.factors import LINEAR, Factors, LayerKind, Layout
 from lorasmith.lora.init import generator_for, init_factors
 from lorasmith.lora.source import FileSource, file_source_of, set_file_source
 
 __all__ = [
+    "LINEAR",
     "Adapter",
     "BiasMode",
+    "Extras",
     "Factors",
     "FileSource",
     "InitName",
+    "LayerKind",
+    "Layout",
     "LoRAConfig",
+    "TokenRows",
     "add_delta",
     "compute_dtype",
     "delta",
     "file_source_of",
+    "gather",
     "generator_for",
+    "group_spans",
     "init_factors",
     "pattern_matches",
     "set_file_source",
+    "spread",
 ]

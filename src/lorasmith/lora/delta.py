@@ -22,16 +22,18 @@ def delta(
 
 
 def add_delta(
-    weight: Float[Tensor, "rows cols"], factors: Factors, *, transposed: bool = False
-) -> Float[Tensor, "rows cols"]:
+    weight: Float[Tensor, "rows cols *kernel"], factors: Factors, *, transposed: bool = False
+) -> Float[Tensor, "rows cols *kernel"]:
     """W0 + scaling · B @ A in at least float32, rounded once to W0's dtype. W0 is not changed.
 
     Args:
-        weight: W0, (out_features, in_features), or its transpose when `transposed`.
+        weight: W0, (out_features, in_features), or its transpose when `transposed`. Further axes,
+            those of a convolution's kernel, count as part of in_features.
         transposed: the weight is stored (in_features, out_features), as GPT-2's `Conv1D` does.
     """
     wide = compute_dtype(weight.dtype)
     A = factors.A.to(weight.device, wide)
     sB = factors.B.to(weight.device, wide) * factors.scaling
     left, right = (A.T, sB.T) if transposed else (sB, A)
-    return torch.addmm(weight.to(wide), left, right).to(weight.dtype)
+    matrix = weight if weight.ndim == 2 else weight.flatten(1)
+    return torch.addmm(matrix.to(wide), left, right).to(weight.dtype).view_as(weight)
