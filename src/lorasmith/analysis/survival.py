@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorasmith.analysis.lowrank import require_finite
+from lorasmith.analysis.lowrank import require_deltas, require_finite
 from lorasmith.analysis.storage import Storage, as_stored
 from lorasmith.errors import BaseMismatchError, TargetError
 from lorasmith.lora import Adapter, Factors, add_delta, delta
@@ -85,6 +85,7 @@ def survival_report(
         ConfigError: the storage format is unknown, or factors hold NaN or infinity.
     """
     require_finite("survival_report", {"": adapter})
+    require_deltas("survival_report", adapter)
     if isinstance(weights, Mapping):
         _require_all(weights, adapter)
         get: Callable[[str], Tensor] = weights.__getitem__

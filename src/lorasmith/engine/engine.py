@@ -249,6 +249,11 @@ class Engine:
                 f"The adapter also trained {len(adapter.biases)} biases, which the engine does not serve "
                 "unmerged. Merge it into a model of its own (lorasmith merge)."
             )
+        if beyond := adapter.beyond_linear:
+            raise AdapterFileError(
+                f"The adapter also holds {beyond}, and the engine serves factors of linear layers only. "
+                "Merge it into a model of its own (lorasmith merge)."
+            )
 
     def _row(self, request: Request, on_token: OnToken | None) -> Row:
         prompt = encode_prompt(request.prompt, self.base.tokenizer, self.runner.vocab_size)

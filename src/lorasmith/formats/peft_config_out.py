@@ -30,7 +30,8 @@ def config_values(adapter: Adapter, base_name: str | None) -> dict[str, Any]:
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": {key: _plain(alpha) for key, alpha in config.alpha_pattern.items()},
         "lora_dropout": config.dropout,
-        "init_lora_weights": _INITS[config.init],
+        # with a bias inside the factors PEFT accepts only its own start
+        "init_lora_weights": True if adapter.extras.shifts else _INITS[config.init],
         "bias": _bias_mode(adapter),
         "fan_in_fan_out": False,
         "modules_to_save": _whole_modules(adapter) or None,

@@ -56,7 +56,8 @@ def write_adapter(
     scaling at hand, the nearest one is written, which differs by one unit in the last place.
 
     Args:
-        dtype: of the tensors in the file; as they are by default.
+        dtype: of the tensors in the file; as they are by default. PEFT's copies of base weights
+            keep their own.
         base_name: the base to name in the file; by default the one that `provenance` names.
 
     Raises:
@@ -94,7 +95,10 @@ def _for_disk(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
 
     factors = {p: replace(f, A=copy(f.A), B=copy(f.B)) for p, f in adapter.factors.items()}
     biases = {p: copy(b) for p, b in adapter.biases.items()}
-    return replace(adapter, factors=factors, biases=biases, extras=adapter.extras.to(dtype))
+    extras, exact = adapter.extras.to(dtype), adapter.extras.to().weights
+    # copies of the base's own weights are not the adapter's to round
+    extras.weights |= {n: exact[n] for n in exact if n.rpartition(".")[0] in adapter.factors}
+    return replace(adapter, factors=factors, biases=biases, extras=extras)
 
 
 def _named(adapter: Adapter) -> dict[str, Tensor]:

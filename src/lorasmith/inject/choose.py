@@ -33,7 +33,7 @@ def mixins_for(module: nn.Module, path: str, adapter: Adapter) -> tuple[type[LoR
 def misfit(modules: dict[str, nn.Module], path: str, factors: Factors, adapter: Adapter) -> str | None:
     """Why `factors` cannot go on the module at `path`."""
     if factors.layout.kind == "expert":
-        return _expert_misfit(modules, path, factors)
+        return _expert_misfit(modules, path, factors, adapter)
     if path not in modules:
         return f"{path}: no such module in the model"
     module = modules[path]
@@ -70,12 +70,18 @@ def _blocks_misfit(module: nn.Module, path: str, factors: Factors, adapter: Adap
     return f"{path}: {fault}" if spans else None
 
 
-def _expert_misfit(modules: dict[str, nn.Module], path: str, factors: Factors) -> str | None:
+def _expert_misfit(
+    modules: dict[str, nn.Module], path: str, factors: Factors, adapter: Adapter
+) -> str | None:
     stack, _, number = path.rpartition(".")
     owner, _, name = stack.rpartition(".")
     if owner not in modules or name not in stacked_parameters(modules[owner]):
         return f"{stack}: no such stacked parameter in the model"
     experts, width, out = expert_shape(modules[owner], name)
+    if path in adapter.extras.shifts or path in adapter.extras.magnitudes:
+        return f"{stack}: stacked experts have no bias inside their factors (lora_bias) and no DoRA"
+    if adapter.config.dropout:
+        return f"{stack}: dropout on the input of a stacked parameter is not defined; use dropout 0"
     if not number.isdigit() or int(number) >= experts:
         return f"{path}: {stack} has {experts} experts"
     if (factors.in_features, factors.out_features) != (width, out):

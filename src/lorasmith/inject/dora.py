@@ -14,20 +14,7 @@ from torch import Tensor, nn
 from lorasmith.inject.conv import LoRAConv
 from lorasmith.inject.embedding import LoRAEmbedding
 from lorasmith.inject.layer import LoRALayer, shape_of
-from lorasmith.lora import Factors, compute_dtype, delta
-
-
-def dora_weight(W: Tensor, factors: Factors, magnitude: Tensor, *, transposed: bool) -> Tensor:
-    """m · V / ‖V‖ in at least float32, rounded once to W's dtype and in W's own shape."""
-    wide = compute_dtype(W.dtype)
-    V = rows_of(W, transposed=transposed).to(wide) + delta(factors.to(W.device), dtype=wide)
-    merged = V * (magnitude.to(W.device, wide) / V.norm(dim=1))[:, None]
-    return (merged.T if transposed else merged).reshape(W.shape).to(W.dtype)
-
-
-def rows_of(W: Tensor, *, transposed: bool) -> Tensor:
-    """The weight as (out_features, in_features)."""
-    return W.T if transposed else W.flatten(1)
+from lorasmith.lora import rows_of
 
 
 class DoRALayer(LoRALayer):

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.errors import MergeStateError
-from lorasmith.inject.dora import dora_weight
 from lorasmith.inject.experts import merged_stack, stacks_by_module
 from lorasmith.inject.kinds import layer_shape
 from lorasmith.inject.layer import shape_of
-from lorasmith.lora import Adapter, add_delta, compute_dtype
+from lorasmith.lora import Adapter, add_delta, compute_dtype, dora_weight
 
 
 def parameter_names(adapter: Adapter) -> set[str]:

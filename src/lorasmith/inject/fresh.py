@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from lorasmith.errors import TargetError
-from lorasmith.inject.experts import EXPERT, expert_shape, stacked_parameters
+from lorasmith.inject.experts import EXPERT, expert_shape
 from lorasmith.inject.layer import shape_of
 from lorasmith.inject.targets import resolve_targets
 from lorasmith.inject.whole import weights_to_train
@@ -19,20 +21,20 @@ def fresh_adapter(model: nn.Module, config: LoRAConfig, seed: int) -> Adapter:
     Raises:
         TargetError: a name in the config that finds nothing.
     """
-    factors = {
-        path: _fresh_factors(module, path, config, seed)
-        for path, module in resolve_targets(model, config).chosen.items()
-    }
+    targets = resolve_targets(model, config)
+    factors = {p: _fresh_factors(module, p, config, seed) for p, module in targets.chosen.items()}
+    for path, module in targets.stacks.items():
+        factors |= _fresh_experts(path, module, config, seed)
     whole = weights_to_train(model, config, factors)
     extras = Extras(
         weights={name: t for name, t in whole.items() if not name.endswith(".bias")},
         rows={path: rows for key in config.trainable_tokens for path, rows in _rows(model, config, key)},
         shifts={p: torch.zeros(f.out_features) for p, f in factors.items()} if config.lora_bias else {},
     )
-    biases = _biases_to_train(model, config, factors)
+    biases = _biases_to_train(model, config, targets.chosen)
     # a bias has one place in an adapter, whatever it trains for
     biases |= {name.removesuffix(".bias"): t for name, t in whole.items() if name.endswith(".bias")}
-    return Adapter(config, factors | _fresh_experts(model, config, seed), biases, extras=extras)
+    return Adapter(config, factors, biases, extras=extras)
 
 
 def _fresh_factors(module: nn.Module, path: str, config: LoRAConfig, seed: int) -> Factors:
@@ -49,28 +51,20 @@ def _fresh_factors(module: nn.Module, path: str, config: LoRAConfig, seed: int) 
     )
 
 
-def _fresh_experts(model: nn.Module, config: LoRAConfig, seed: int) -> dict[str, Factors]:
-    stacks = [(f"{path}.{name}", m) for path, m in model.named_modules() for name in stacked_parameters(m)]
-    factors: dict[str, Factors] = {}
-    for entry in config.target_parameters:
-        found = [(path, m) for path, m in stacks if path == entry or path.endswith("." + entry)]
-        if not found:
-            there = " ".join(sorted({path.rpartition(".")[2] for path, _ in stacks})) or "none"
-            raise TargetError(
-                f'target_parameters: "{entry}" matches no stacked parameter in {type(model).__name__}.\n'
-                f"  3-D parameters here end in: {there}"
-            )
-    wanted = config.target_parameters
-    for path, module in stacks:
-        if not any(path == entry or path.endswith("." + entry) for entry in wanted):
-            continue
-        experts, width, out = expert_shape(module, path.rpartition(".")[2])
-        for e in range(experts):
-            factors[f"{path}.{e}"] = init_factors(
-                width, out, rank=config.rank_of(path), scaling=config.scaling_of(path), init=config.init,
-                generator=generator_for(seed, f"{path}.{e}"), layout=EXPERT,
-            )  # fmt: skip
-    return factors
+def _fresh_experts(path: str, module: nn.Module, config: LoRAConfig, seed: int) -> dict[str, Factors]:
+    experts, width, out = expert_shape(module, path.rpartition(".")[2])
+    return {
+        f"{path}.{e}": init_factors(
+            width,
+            out,
+            rank=config.rank_of(path),
+            scaling=config.scaling_of(path),
+            generator=generator_for(seed, f"{path}.{e}"),
+            init=config.init,
+            layout=EXPERT,
+        )
+        for e in range(experts)
+    }
 
 
 def _rows(model: nn.Module, config: LoRAConfig, key: str) -> list[tuple[str, TokenRows]]:
@@ -89,7 +83,7 @@ def _rows(model: nn.Module, config: LoRAConfig, key: str) -> list[tuple[str, Tok
     return [(path, TokenRows(ids, module.weight.detach()[list(ids)].clone())) for path, module in found]
 
 
-def _biases_to_train(model: nn.Module, config: LoRAConfig, targets: dict[str, Factors]) -> dict[str, Tensor]:
+def _biases_to_train(model: nn.Module, config: LoRAConfig, targets: Iterable[str]) -> dict[str, Tensor]:
     if config.bias == "none":
         return {}
     modules = dict(model.named_modules())

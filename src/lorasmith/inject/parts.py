@@ -12,8 +12,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from lorasmith.inject.layer import LoRALayer, lora_outputs, shape_of
-from lorasmith.lora import gather, spread
-from lorasmith.lora.blocks import Span
+from lorasmith.lora import Span, gather, spread
 
 
 class LoRAParts(LoRALayer):

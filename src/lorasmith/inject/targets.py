@@ -10,16 +10,24 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorasmith.errors import TargetError, did_you_mean
+from lorasmith.inject.experts import stacked_parameters
 from lorasmith.inject.kinds import layer_shape, linear_shape, why_not
 from lorasmith.lora import LoRAConfig, pattern_matches
 
 
 @dataclass(frozen=True)
 class Targets:
-    """`chosen`: path → module that gets factors. `left`: linear layers that do not, by path."""
+    """What a config names in a model.
+
+    Attributes:
+        chosen: path → layer that gets factors.
+        left: path → linear layer that does not.
+        stacks: path of a stacked parameter that gets factors → the module that holds it.
+    """
 
     chosen: dict[str, nn.Module]
     left: dict[str, nn.Module]
+    stacks: dict[str, nn.Module]
 
 
 def resolve_targets(model: nn.Module, config: LoRAConfig) -> Targets:
@@ -44,12 +52,28 @@ def resolve_targets(model: nn.Module, config: LoRAConfig) -> Targets:
             )
     if config.layers is not None:
         selected = _only_layers(selected, config.layers, faults)
+    stacks = _select_stacks(modules, config.target_parameters, faults)
     for key in (*config.rank_pattern, *config.alpha_pattern, *config.parts):
-        if not any(pattern_matches(key, path) for path in selected):
+        if not any(pattern_matches(key, path) for path in (*selected, *stacks)):
             faults.add(f'pattern key "{key}" matches no adapted module.')
     faults.raise_if_any()
     chosen = {path: module for path, module in layers.items() if path in selected}
-    return Targets(chosen, {path: m for path, m in linears.items() if path not in chosen})
+    return Targets(chosen, {path: m for path, m in linears.items() if path not in chosen}, stacks)
+
+
+def _select_stacks(
+    modules: dict[str, nn.Module], entries: tuple[str, ...], faults: _Faults
+) -> dict[str, nn.Module]:
+    stacks = {f"{path}.{name}": m for path, m in modules.items() for name in stacked_parameters(m)}
+    chosen: dict[str, nn.Module] = {}
+    for path, module in stacks.items():
+        if any(f".{path}".endswith(f".{entry}") for entry in entries):
+            chosen[path] = module
+    for entry in entries:
+        if not any(f".{path}".endswith(f".{entry}") for path in chosen):
+            there = " ".join(sorted({path.rpartition(".")[2] for path in stacks})) or "none"
+            faults.add(f'target_parameters: "{entry}" matches no stacked parameter; here are: {there}.')
+    return chosen
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
