@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorasmith.errors import LoraSmithError
-from lorasmith.formats import read_adapter, write_adapter
-from lorasmith.inject import extract, inject
+from lorasmith.errors import AdapterFileError
+from lorasmith.formats import check_coverage, check_values, read_adapter, read_header, write_adapter
+from lorasmith.inject import extract, inject, merge
 from lorasmith.lora import LoRAConfig
 from tests.support.layers import MixtureBlock, Named
 from tests.support.models import TinyMLP, tiny_causal_lm
@@ -38,6 +39,7 @@ class Kind:
     theirs: dict[str, Any]
     lacks: tuple[str, ...] = ()
     has_bias: bool = True
+    merges: bool = True
     pattern: str = ""
 
 
@@ -60,7 +62,7 @@ def lm(*names: str, tied: bool, lacks: tuple[str, ...] = ()) -> Kind:
     make = lambda: tiny_causal_lm("llama", tie_word_embeddings=tied)  # noqa: E731
     return Kind(
         make, ids, dict(targets=list(names)), dict(target_modules=list(names)), has_bias=False,
-        pattern=names[0], lacks=DEEP + lacks,
+        pattern=names[0], lacks=DEEP + lacks, merges=not tied,
     )  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def extra(ours: dict[str, Any], theirs: dict[str, Any], *, tied: bool = False) -
     make = lambda: tiny_causal_lm("llama", tie_word_embeddings=tied)  # noqa: E731
     return Kind(
         make, ids, dict(targets=["q_proj"]) | ours, dict(target_modules=["q_proj"]) | theirs, has_bias=False,
-        pattern="q_proj", lacks=DEEP,
+        pattern="q_proj", lacks=DEEP, merges=not tied,
     )  # fmt: skip
 
 
@@ -88,7 +90,7 @@ KINDS = {
     "tied-head": lm("lm_head", tied=True),
     "tied-both": lm("lm_head", "embed_tokens", tied=True, lacks=("lora-bias",)),
     "scaled-embedding": Kind(
-        lambda: tiny_causal_lm("gemma3"), ids, dict(targets=["embed_tokens"]),
+        lambda: tiny_causal_lm("gemma3", tie_word_embeddings=False), ids, dict(targets=["embed_tokens"]),
         dict(target_modules=["embed_tokens"]), lacks=("lora-bias", *DEEP), has_bias=False,
         pattern="embed_tokens",
     ),
@@ -98,7 +100,7 @@ KINDS = {
     "conv2d-same": layer(lambda: nn.Conv2d(4, 6, 3, padding="same"), 4, 5, 6),
     "conv3d": layer(lambda: nn.Conv3d(4, 6, (2, 3, 1), stride=2, padding=(0, 1, 0)), 4, 4, 5, 3),
     "conv2d-groups": layer(
-        lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), 4, 5, 6, lacks=("dora", "dora-rslora")
+        lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), 4, 5, 6, lacks=("dora", "dora-rslora"), merges=False,
     ),
     "experts": Kind(
         MixtureBlock, lambda: torch.randn(3, 6), dict(targets=(), target_parameters=MOE),
@@ -113,6 +115,11 @@ KINDS = {
         lambda: tiny_causal_lm("mixtral"), ids, dict(targets=["q_proj"], target_parameters=MOE),
         dict(target_modules=["q_proj"], target_parameters=MOE), lacks=NO_BRANCH + DEEP, has_bias=False,
         pattern="q_proj",
+    ),
+    # q and v of a fused q, k, v; PEFT has no name for that, and reads it as one pair with zeros
+    "fused-parts": Kind(
+        lambda: tiny_causal_lm("gpt2"), ids,
+        dict(targets=["c_attn"], parts={"c_attn": [(0, 32), (64, 96)]}), {}, pattern="c_attn", lacks=DEEP,
     ),
     "saved-head-and-norm": extra(
         dict(modules_to_save=["lm_head", "model.norm"]), dict(modules_to_save=["lm_head", "model.norm"])
@@ -160,8 +167,13 @@ OPTIONS: dict[str, Callable[[Kind], Option]] = {
     "dora": lambda _: Option({}, dict(use_dora=True)),
     "dora-rslora": lambda _: Option(dict(rslora=True), dict(use_dora=True, use_rslora=True)),
 }
-CELLS = [(kind, option) for kind in KINDS for option in OPTIONS]
-matrix = pytest.mark.parametrize(("name", "option"), CELLS, ids=[f"{k}-{o}" for k, o in CELLS])
+CELLS = [(k, o) for k in KINDS for o in OPTIONS if o not in KINDS[k].lacks]
+THEIRS = [(k, o) for k, o in CELLS if KINDS[k].theirs]
+OURS = [(k, o) for k, o in CELLS if not o.startswith("dora")]  # DoRA is imported, not made here
+
+
+def matrix(cells: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("name", "option"), cells, ids=[f"{k}-{o}" for k, o in cells])
 
 
 def base_of(kind: Kind, dtype: torch.dtype) -> nn.Module:
@@ -214,25 +226,25 @@ def peft_load(base: nn.Module, folder) -> nn.Module:
     return loaded.eval()
 
 
-@matrix
+@matrix(THEIRS)
 def test_theirs_in_ours_and_back(name, option, tmp_path):
     kind, chosen = KINDS[name], OPTIONS[option](KINDS[name])
-    if option in kind.lacks:
-        pytest.skip("PEFT has no such thing")
     x, dtype = input_of(kind, chosen.base_dtype), chosen.base_dtype
     base = base_of(kind, dtype)
     before = output(base, x)
-    model = peft.get_peft_model(
-        base, peft.LoraConfig(r=4, lora_alpha=6, **kind.theirs, **chosen.theirs), autocast_adapter_dtype=False
-    ).eval()
+    config = peft.LoraConfig(r=4, lora_alpha=6, **kind.theirs, **chosen.theirs)
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False).eval()
     shake(model, chosen.file_dtype)
     expected = output(model, x)
     assert (expected.float() - before.float()).abs().max() > 1e-2
     model.save_pretrained(tmp_path / "theirs")
     cast_file(tmp_path / "theirs" / "adapter_model.safetensors", chosen.file_dtype)
 
-    adapter = read_adapter(tmp_path / "theirs")
-    ours = base_of(kind, dtype)
+    ours, adapter = base_of(kind, dtype), read_adapter(tmp_path / "theirs")
+    shapes = {name: tuple(p.shape) for name, p in ours.named_parameters()}
+    coverage = check_coverage(read_header(tmp_path / "theirs"), shapes)
+    assert coverage.is_complete, str(coverage)
+    assert check_values(adapter) == []
     inject(ours, adapter)
     close(output(ours, x), expected, dtype)
 
@@ -241,28 +253,19 @@ def test_theirs_in_ours_and_back(name, option, tmp_path):
         assert read_adapter(tmp_path / "ours").digest == extract(ours).digest
     close(output(peft_load(base_of(kind, dtype), tmp_path / "ours"), x), expected, dtype)
 
+    if kind.merges and (kind.has_bias or option != "lora-bias"):
+        plain = base_of(kind, dtype)
+        merge(plain, adapter)
+        close(output(plain, x), expected, dtype)
 
-def make_and_write(model: nn.Module, config: LoRAConfig, folder) -> None:
-    inject(model, config)
-    write_adapter(extract(model), folder)
 
-
-@matrix
+@matrix(OURS)
 def test_ours_in_theirs(name, option, tmp_path):
     kind, chosen = KINDS[name], OPTIONS[option](KINDS[name])
-    config = LoRAConfig(**(dict(rank=4, alpha=6) | kind.ours | chosen.ours))
     x, dtype = input_of(kind, chosen.base_dtype), chosen.base_dtype
     ours = base_of(kind, dtype)
     before = output(ours, x)
-    if option == "bfloat16-base" and option in kind.lacks:
-        pytest.skip("see DEEP")
-    if option == "lora-bias" and option in kind.lacks:
-        with pytest.raises(LoraSmithError, match="bias inside"):
-            make_and_write(ours, config, tmp_path / "ours")
-        return
-    if option.startswith("dora"):
-        pytest.skip("DoRA is imported, not made here")
-    inject(ours, config)
+    inject(ours, LoRAConfig(**({"rank": 4, "alpha": 6} | kind.ours | chosen.ours)))
     assert torch.equal(output(ours, x), before)
     shake(ours, chosen.file_dtype)
     expected = output(ours, x)
@@ -271,3 +274,72 @@ def test_ours_in_theirs(name, option, tmp_path):
     if chosen.file_dtype is None:
         assert read_adapter(tmp_path / "ours").digest == extract(ours).digest
     close(output(peft_load(base_of(kind, dtype), tmp_path / "ours"), x), expected, dtype)
+
+
+SHIFTED = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "pissa-rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+    "pissa-patterns": {
+        "init_lora_weights": "pissa", "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"v_proj": 3},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SHIFTED.values(), ids=SHIFTED.keys())
+def test_an_adapter_that_took_a_part_of_the_base_comes_back_by_its_start(settings, tmp_path):
+    base, x = tiny_causal_lm("llama"), ids()
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj", "k_proj", "v_proj"], **settings)
+    model = peft.get_peft_model(base, config).eval()
+    close(output(model, x), output(tiny_causal_lm("llama"), x), torch.float32)  # the start is the base
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = settings["init_lora_weights"]
+    shake(model, None)
+    expected = output(model, x)
+    model.save_pretrained(tmp_path / "trained")
+
+    with pytest.raises(AdapterFileError, match=r"changed the base before training.*initial=folder"):
+        read_adapter(tmp_path / "trained")
+    adapter = read_adapter(tmp_path / "trained", initial=tmp_path / "start")
+    ours = tiny_causal_lm("llama")
+    inject(ours, adapter)
+    close(output(ours, x), expected, torch.float32)
+    write_adapter(adapter, tmp_path / "plain")
+    again = read_adapter(tmp_path / "plain")
+    assert all(torch.equal(t, again.tensors()[n]) for n, t in adapter.tensors().items())
+    # with rsLoRA the alpha for twice the rank is a product with √2, so a scaling may move by one ulp
+    assert all(
+        math.isclose(f.scaling, again.factors[p].scaling, rel_tol=2**-51) for p, f in adapter.factors.items()
+    )
+    close(output(peft_load(tiny_causal_lm("llama"), tmp_path / "plain"), x), expected, torch.float32)
+    with pytest.raises(AdapterFileError, match="given twice"):
+        read_adapter(tmp_path / "trained", initial=tmp_path / "trained")
+
+
+def test_what_peft_converted_itself_is_plain(tmp_path):
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa")
+    model = peft.get_peft_model(tiny_causal_lm("llama"), config).eval()
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    shake(model, None)
+    expected = output(model, ids())
+    model.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    ours = tiny_causal_lm("llama")
+    inject(ours, read_adapter(tmp_path / "plain"))
+    close(output(ours, ids()), expected, torch.float32)
+
+
+REFUSED = [(k, "lora-bias") for k in KINDS if "lora-bias" in KINDS[k].lacks and k != "experts-mixtral"]
+
+
+@matrix(REFUSED)
+def test_what_peft_has_no_place_for_is_refused_here_too(name, option):
+    kind = KINDS[name]
+    with pytest.raises(ValueError, match="lora_bias"):
+        peft.get_peft_model(base_of(kind, torch.float32), peft.LoraConfig(lora_bias=True, **kind.theirs))
+    with pytest.raises(AdapterFileError, match="lora_bias"):
+        inject(base_of(kind, torch.float32), LoRAConfig(lora_bias=True, **kind.ours))

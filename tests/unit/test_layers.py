@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from lorasmith.errors import AdapterFileError, MergeStateError, TargetError
+from lorasmith.analysis import combine, dora_to_lora, truncate
+from lorasmith.errors import AdapterFileError, ConfigError, MergeStateError, TargetError
 from lorasmith.inject import eject, extract, inject, merge, merged, switch, unmerge
-from lorasmith.lora import Adapter, LoRAConfig
-from tests.support.layers import Named, TiedLM, correlate
-from tests.support.models import tiny_causal_lm
+from lorasmith.lora import Adapter, Extras, LoRAConfig, TokenRows
+from tests.support.layers import MixtureBlock, Named, TiedLM, correlate
+from tests.support.models import tiny_causal_lm, tokens
 from tests.support.tolerance import close
 
 CONVS = {
@@ -240,3 +241,317 @@ def test_grouped_convolution_needs_a_rank_that_divides_and_is_not_merged():
     adapter.factors["layer"].B.fill_(1.0)
     with pytest.raises(AdapterFileError, match="B is not zero outside the blocks"):
         inject(model, adapter)
+
+
+# --- stacked experts ---
+
+MOE = ("experts.gate_up_proj", "experts.down_proj")
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_experts_life(is_transposed):
+    make = lambda: seeded(lambda: MixtureBlock(is_transposed=is_transposed)).double()  # noqa: E731
+    config = LoRAConfig(rank=2, alpha=3, targets=["proj"], target_parameters=MOE)
+    assert_whole_life(make, config, torch.randn(4, 6, dtype=torch.float64))
+
+
+def test_a_real_mixture_of_experts_lives_too():
+    model = tiny_causal_lm("mixtral")  # torch has no grouped product in float64
+    config = LoRAConfig(rank=2, alpha=3, targets=(), target_parameters=MOE)
+    base = model(tokens()).logits
+    inject(model, config)
+    assert torch.equal(model(tokens()).logits, base)
+    adapter = live_factors(model)
+    expected = model(tokens()).logits
+    assert (expected - base).abs().max() > 1e-3
+    eject(model)
+    merge(model, adapter)
+    close(model(tokens()).logits, expected, torch.float32)
+    unmerge(model)
+    assert torch.equal(model(tokens()).logits, base)
+
+
+def live_factors(model: nn.Module) -> Adapter:
+    adapter = filled(extract(model))
+    switch(model, adapter)
+    return adapter
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_experts_against_a_loop(is_transposed):
+    model = seeded(lambda: MixtureBlock(is_transposed=is_transposed)).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    live(model, LoRAConfig(rank=2, alpha=3, targets=(), target_parameters=MOE))
+    pristine = {n: p.detach() for n, p in model.experts.named_parameters()}
+
+    def adapted(leaf, name: str, e: int):
+        A, B = leaf[f"experts.lora_A_{name}"], leaf[f"experts.lora_B_{name}"]
+        W = pristine[name][e].T if is_transposed else pristine[name][e]
+        return W + 1.5 * sum(torch.outer(B[e][:, k], A[e][k]) for k in range(2))
+
+    def loop(leaf):
+        y = x
+        for e in range(3):
+            y = y + torch.tanh(x @ adapted(leaf, "gate_up_proj", e).T) @ adapted(leaf, "down_proj", e).T
+        return y @ model.proj.weight.detach().T + model.proj.bias.detach()
+
+    assert_gradients(model, loop, x)
+
+
+# --- parts of a fused layer ---
+
+FUSED = LoRAConfig(rank=2, alpha=3, targets=["layer"], parts={"layer": [(0, 4), (6, 9)]})
+
+
+def test_parts_life():
+    make = lambda: seeded(lambda: Named(nn.Linear(5, 10))).double()  # noqa: E731
+    assert_whole_life(make, FUSED, torch.randn(4, 5, dtype=torch.float64))
+
+
+def test_parts_of_a_fused_gpt2_attention_life():
+    config = LoRAConfig(rank=2, targets=["c_attn"], parts={"c_attn": [(0, 32), (64, 96)]})
+    model = tiny_causal_lm("gpt2", dtype=torch.float64)
+    report = inject(model, config)
+    # two layers; q and v each have A (2, 32) and B (32, 2)
+    assert report.trainable_params == 2 * 2 * (2 * 32 + 32 * 2)
+    eject(model)
+    adapter = live(model, config)
+    for f in adapter.factors.values():
+        assert not f.B[32:64].any()
+        assert not f.B[:32, 2:].any()
+        assert not f.B[64:, :2].any()
+
+
+def test_parts_against_a_loop():
+    model = seeded(lambda: Named(nn.Linear(5, 10))).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    live(model, FUSED)
+    W, b = model.layer.weight.detach(), model.layer.bias.detach()
+
+    def loop(leaf):
+        A, B = leaf["layer.lora_A"], leaf["layer.lora_B_parts"]
+        y = x @ W.T + b
+        q = y[:, :4] + 1.5 * (x @ A[:2].T) @ B[:4].T
+        v = y[:, 6:9] + 1.5 * (x @ A[2:].T) @ B[4:].T
+        return torch.cat([q, y[:, 4:6], v, y[:, 9:]], dim=1)
+
+    assert_gradients(model, loop, x)
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "reason"),
+    [
+        ({"layer": [(0, 4), (3, 6)]}, ValueError, "must not overlap"),
+        ({"layer": [(4, 4)]}, ValueError, "first row, row after the last"),
+        ({"layer": [(0, 11)]}, AdapterFileError, "a part ends at row 11, the layer has 10"),
+        ({"laier": [(0, 4)]}, TargetError, 'pattern key "laier" matches no adapted module'),
+    ],
+)
+def test_parts_that_are_none(parts, error, reason):
+    with pytest.raises(error, match=reason):
+        inject(Named(nn.Linear(5, 10)), LoRAConfig(rank=2, targets=["layer"], parts=parts))
+
+
+# --- a bias inside the factors ---
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 6), lambda: nn.Conv1d(4, 6, 1)])
+def test_shift_life(make):
+    model = lambda: seeded(lambda: Named(make())).double()  # noqa: E731
+    config = LoRAConfig(rank=2, alpha=3, targets=["layer"], lora_bias=True)
+    x = torch.randn(3, 4, 4, dtype=torch.float64)
+    assert_whole_life(model, config, x)
+
+
+def test_shift_against_a_loop_and_without_a_place_to_merge_it():
+    model = seeded(lambda: Named(nn.Linear(4, 6, bias=False))).double()
+    x, W = torch.randn(3, 4, dtype=torch.float64), model.layer.weight.detach()
+    adapter = live(model, LoRAConfig(rank=2, alpha=3, targets=["layer"], lora_bias=True))
+
+    def loop(leaf):
+        A, B, b = (leaf[f"layer.lora_{n}"] for n in ("A", "B", "shift"))
+        return x @ W.T + 1.5 * ((x @ A.T) @ B.T + b)
+
+    assert_gradients(model, loop, x)
+    eject(model)
+    with pytest.raises(MergeStateError, match="the layer has none to add it to"):
+        merge(model, adapter)
+
+
+# --- whole weights and token rows ---
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_modules_life(tied):
+    config = LoRAConfig(rank=2, targets=["mid"], modules_to_save=["lm_head"])
+    make = lambda: seeded(lambda: TiedLM(tied=tied)).double()  # noqa: E731
+    assert_whole_life(make, config, torch.arange(6).view(2, 3), merges=not tied)
+
+
+def test_saved_modules_train_and_leave_what_was_tied_to_them_alone():
+    model = seeded(lambda: TiedLM(tied=True))
+    before = model.embed_tokens.weight.detach().clone()
+    report = inject(model, LoRAConfig(rank=2, targets=["mid"], modules_to_save=["lm_head"]))
+    assert report.trainable_params == 2 * (6 + 6) + 11 * 6
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(torch.tensor([[1, 2]])).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(model.embed_tokens.weight, before)
+    adapter = extract(model)
+    assert list(adapter.extras.weights) == ["lm_head.weight"]
+    assert not torch.equal(adapter.extras.weights["lm_head.weight"], before)
+    assert adapter.num_params == report.trainable_params
+    eject(model)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    assert torch.equal(model.embed_tokens.weight, before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_token_rows_life(tied):
+    config = LoRAConfig(rank=2, targets=["mid"], trainable_tokens={"embed_tokens": [5, 1]})
+    make = lambda: seeded(lambda: TiedLM(tied=tied)).double()  # noqa: E731
+    assert_whole_life(make, config, torch.arange(6).view(2, 3), merges=not tied)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_token_rows_against_a_loop(tied):
+    model = seeded(lambda: TiedLM(tied=tied)).double()
+    ids = torch.tensor([[1, 2, 5], [5, 0, 10]])
+    inject(model, LoRAConfig(targets=(), trainable_tokens={"embed_tokens": [5, 1]}))
+    with torch.no_grad():
+        model.embed_tokens.lora_rows.normal_()
+    W, head = model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
+
+    def loop(leaf):
+        (rows,) = leaf.values()
+        swap = lambda t, W: rows[[5, 1].index(t)] if t in (5, 1) else W[t]  # noqa: E731
+        x = torch.stack([swap(int(t), W) for t in ids.flatten()])
+        out = torch.stack([swap(t, head) for t in range(11)]) if tied else head
+        mid = model.mid
+        return (torch.tanh(x @ mid.weight.detach().T + mid.bias.detach()) @ out.T).view(2, 3, 11)
+
+    assert_gradients(model, loop, ids)
+
+
+@pytest.mark.parametrize(
+    ("extras", "reason"),
+    [
+        (Extras(weights={"lm_head.wait": torch.ones(2)}), "lm_head.wait: no such parameter"),
+        (Extras(weights={"lm_head.weight": torch.ones(2, 6)}), r"adapter \(2, 6\), model \(11, 6\)"),
+        (
+            Extras(rows={"mid": TokenRows((1,), torch.ones(1, 6))}),
+            "mid: trained token rows need an embedding",
+        ),
+        (Extras(rows={"embed_tokens": TokenRows((11,), torch.ones(1, 6))}), "token 11 is beyond its 11 rows"),
+        (
+            Extras(rows={"embed_tokens": TokenRows((1,), torch.ones(1, 5))}),
+            r"shape \(1, 5\), \(1, 6\) are needed",
+        ),
+        (Extras(shifts={"mid": torch.ones(6)}), r"mid: a shift of shape \(6,\), no factors"),
+    ],
+)
+def test_extras_that_do_not_fit_are_refused_and_nothing_is_attached(extras, reason):
+    model = TiedLM(tied=False)
+    with pytest.raises(AdapterFileError, match=reason):
+        inject(model, Adapter(LoRAConfig(), {}, extras=extras))
+    assert type(model.mid) is nn.Linear
+
+
+# --- DoRA ---
+
+
+def dora_of(model: nn.Module, config: LoRAConfig) -> Adapter:
+    """A DoRA adapter with random factors, and magnitudes that are not the weight's norms."""
+    inject(model, config)
+    adapter = filled(extract(model))
+    eject(model)
+    for path, f in adapter.factors.items():
+        adapter.extras.magnitudes[path] = 0.5 + torch.rand(f.out_features, dtype=f.B.dtype)
+    return adapter
+
+
+DORA = {
+    "linear": (lambda: nn.Linear(4, 6), (3, 4)),
+    "no-bias": (lambda: nn.Linear(4, 6, bias=False), (2, 3, 4)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("case", DORA)
+def test_dora_is_the_rescaled_sum_and_merges_to_it(case):
+    make, size = DORA[case]
+    model = seeded(lambda: Named(make())).double()
+    x = torch.randn(size, dtype=torch.float64)
+    pristine = bits(model)
+    adapter = dora_of(model, LoRAConfig(rank=2, alpha=3, targets=["layer"]))
+    f, m = adapter.factors["layer"], adapter.extras.magnitudes["layer"]
+    twin = copy.deepcopy(model)
+    for row in range(6):
+        v = model.layer.weight[row].detach() + 1.5 * sum(
+            f.B[row, k] * f.A[k].view_as(model.layer.weight[row]) for k in range(2)
+        )
+        twin.layer.weight.data[row] = m[row] * v / v.square().sum().sqrt()
+    expected = twin(x)
+    inject(model, adapter)
+    close(model(x), expected, torch.float64)
+    assert extract(model).digest == adapter.digest
+    eject(model)
+    merge(model, adapter)
+    close(model.layer.weight, twin.layer.weight, torch.float64)
+    unmerge(model)
+    assert all(torch.equal(v, pristine[n]) for n, v in bits(model).items())
+
+
+def test_dora_gradients_hold_the_norm_constant():
+    model = seeded(lambda: Named(nn.Linear(4, 6))).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    W, b = model.layer.weight.detach(), model.layer.bias.detach()
+    inject(model, dora_of(model, LoRAConfig(rank=2, alpha=3, targets=["layer"])))
+
+    def loop(leaf):
+        A, B, m = (leaf[f"layer.lora_{n}"] for n in ("A", "B", "magnitude"))
+        V = W + 1.5 * B @ A
+        norm = torch.stack([row.square().sum().sqrt() for row in V]).detach()
+        return x @ (V * (m / norm)[:, None]).T + b
+
+    assert_gradients(model, loop, x)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_dora_becomes_plain_lora_with_a_true_residual(kind):
+    model = seeded(lambda: Named(nn.Linear(12, 9) if kind == "linear" else nn.Embedding(12, 9))).double()
+    adapter = dora_of(model, LoRAConfig(rank=2, alpha=3, targets=["layer"]))
+    W0 = model.layer.weight.detach().clone()
+    weights, transposed = {"layer": W0}, ["layer"] if kind == "embedding" else []
+    with merged(model, adapter):
+        update = model.layer.weight.detach() - W0
+    for rank in (1, 4, 9):
+        converted = dora_to_lora(adapter, weights, rank=rank, transposed=transposed)
+        with merged(model, converted.adapter):
+            left = (W0 + update - model.layer.weight.detach()).norm() / update.norm()
+        assert converted.relative_error == pytest.approx(left.item(), rel=1e-9, abs=1e-12)
+        best = torch.linalg.svdvals(update)[rank:].norm() / update.norm()
+        assert converted.relative_error == pytest.approx(best.item(), rel=1e-9, abs=1e-12)
+    assert converted.relative_error < 1e-12
+    assert not converted.adapter.extras
+
+
+def test_algebra_refuses_what_is_more_than_a_sum():
+    model = Named(nn.Linear(4, 6))
+    adapter = dora_of(model, LoRAConfig(rank=2, targets=["layer"]))
+    with pytest.raises(ConfigError, match="Convert DoRA to plain LoRA first"):
+        truncate(adapter, rank=1)
+    with pytest.raises(ConfigError, match="convert DoRA with dora_to_lora"):
+        combine([adapter, adapter])
+    with pytest.raises(ConfigError, match="plain LoRA already"):
+        dora_to_lora(Adapter(LoRAConfig(), dict(adapter.factors)), {"layer": model.layer.weight})
+
+
+def test_algebra_keeps_the_kind_of_a_layer():
+    model = seeded(lambda: TiedLM(tied=False))
+    inject(model, LoRAConfig(rank=3, targets=["embed_tokens", "mid"]))
+    adapter = filled(extract(model))
+    for made in (truncate(adapter, rank=2), combine([adapter, adapter], [0.5, 0.5]).adapter):
+        assert {p: f.layout for p, f in made.factors.items()} == {
+            p: f.layout for p, f in adapter.factors.items()
+        }
