@@ -35,7 +35,7 @@ def merge(
 
     from lorasmith.analysis import survival_report
     from lorasmith.bases import load_base
-    from lorasmith.inject import eject, inject
+    from lorasmith.inject import base_matrices, eject, inject
     from lorasmith.inject import merge as fold
 
     if out.exists():
@@ -44,11 +44,11 @@ def merge(
     tuned = load_adapter(adapter, loaded, allow_base_mismatch=allow_base_mismatch)
     probe = probe_ids(loaded)
     with torch.no_grad():
-        transposed = inject(loaded.model, tuned).transposed
+        inject(loaded.model, tuned)
         unmerged = loaded.model(probe).logits.float()
         eject(loaded.model)
-        weights = {path: loaded.model.get_submodule(path).weight for path in tuned.factors}
-        report = survival_report(weights, tuned, loaded.model.dtype, transposed=transposed)
+        weights = base_matrices(loaded.model, tuned)
+        report = survival_report(weights, tuned, loaded.model.dtype)
         _refuse_if_lost(report.relative_error, report.kept, str(loaded.model.dtype), force=force)
         fold(loaded.model, tuned)
         difference = float((loaded.model(probe).logits.float() - unmerged).abs().max())

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from lorasmith.formats.header import AdapterHeader, ModuleHeader
+from lorasmith.formats.header import AdapterHeader
+from lorasmith.formats.peft_modules import ModuleHeader
 from lorasmith.formats.peft_rules import TargetRules, suffixes
 from lorasmith.lora import Adapter
 

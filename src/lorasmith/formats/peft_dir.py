@@ -166,10 +166,10 @@ def _as_read_back(adapter: Adapter, directory: Path, path: Path) -> Adapter:
         faults = str(error).partition("\n")[2] or str(error)
         raise AdapterFileError(f"{path} was not written, nobody could read it.\n{faults}") from None
     factors: dict[str, Factors] = {}
-    for path, f in adapter.factors.items():
-        stack = path.rpartition(".")[0] if f.layout.kind == "expert" else path
-        factors[path] = replace(f, scaling=modules[stack].scaling)
+    for place, f in adapter.factors.items():
+        stack = place.rpartition(".")[0] if f.layout.kind == "expert" else place
+        factors[place] = replace(f, scaling=modules[stack].scaling)
         if f.layout.kind == "expert" and f.rank < modules[stack].rank:
             missing = modules[stack].rank - f.rank
-            factors[path].A, factors[path].B = F.pad(f.A, (0, 0, 0, missing)), F.pad(f.B, (0, missing))
+            factors[place].A, factors[place].B = F.pad(f.A, (0, 0, 0, missing)), F.pad(f.B, (0, missing))
     return replace(adapter, factors=factors)

@@ -13,16 +13,14 @@ PREFIX = "base_model.model."
 MAX_PATH_LENGTH = 512
 _COMPONENT = re.compile(r"[^\s./\\\x00-\x1f\x7f]+")
 # "default" is the adapter name that PEFT strips on save, and that hand-made files forget to
-_KINDS: tuple[tuple[re.Pattern[str], Part], ...] = tuple(
-    (re.compile(rf"(?P<path>.+?){tail}", re.DOTALL), part)
-    for tail, part in (
-        (r"\.lora_(?P<letter>[AB])(\.default)?\.weight", "A"),
-        (r"\.(?P<embedding>lora_embedding)_(?P<letter>[AB])(\.default)?", "A"),
-        (r"\.lora_B(\.default)?\.bias", "shift"),
-        (r"\.lora_magnitude_vector(\.default(\.weight)?)?", "magnitude"),
-        (r"\.token_adapter\.trainable_tokens_delta(\.default)?", "rows"),
-    )
+_TAILS: tuple[tuple[str, Part], ...] = (
+    (r"\.lora_(?P<letter>[AB])(\.default)?\.weight", "A"),
+    (r"\.(?P<embedding>lora_embedding)_(?P<letter>[AB])(\.default)?", "A"),
+    (r"\.lora_B(\.default)?\.bias", "shift"),
+    (r"\.lora_magnitude_vector(\.default(\.weight)?)?", "magnitude"),
+    (r"\.token_adapter\.trainable_tokens_delta(\.default)?", "rows"),
 )
+_KINDS = tuple((re.compile(rf"(?P<path>.+?){tail}", re.DOTALL), part) for tail, part in _TAILS)
 _BIAS = re.compile(r"(?P<path>.+?)(\.base_layer)?\.bias", re.DOTALL)
 _REFUSED = (
     (

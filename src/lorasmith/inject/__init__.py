@@ -7,6 +7,7 @@ May import: lora, errors.
 """
 
 from lorasmith.inject.attach import check_fit, eject, extract, inject, lora_layers
+from lorasmith.inject.folding import base_matrices
 from lorasmith.inject.groups import group_shared_inputs, ungroup
 from lorasmith.inject.layer import LoRALayer
 from lorasmith.inject.merging import Keep, is_merged, merge, merged, switch, unmerge
@@ -17,6 +18,7 @@ __all__ = [
     "InjectReport",
     "Keep",
     "LoRALayer",
+    "base_matrices",
     "check_fit",
     "eject",
     "extract",

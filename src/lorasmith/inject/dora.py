@@ -32,7 +32,7 @@ class DoRALayer(LoRALayer):
         weight: Tensor = self.weight  # type: ignore[assignment]
         with torch.no_grad():
             W = rows_of(weight, transposed=shape_of(self).transposed).to(self.lora_A.dtype)
-            norm = torch.addmm(W, self.lora_B * self.lora_scaling, self.lora_A).norm(dim=1)
+            norm: Tensor = torch.addmm(W, self.lora_B * self.lora_scaling, self.lora_A).norm(dim=1)
         return self.lora_magnitude / norm
 
 
@@ -80,4 +80,5 @@ def _dora(layer: DoRALayer, y: Tensor, x: Tensor, low_rank: Any, base: Any) -> T
     else:
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
         without_bias = y if bias is None else y - bias.view(-1, *axes)
-    return (y + (gain - 1) * without_bias + gain * low_rank(x)).to(y.dtype)
+    term: Tensor = (gain - 1) * without_bias + gain * low_rank(x)
+    return (y + term).to(y.dtype)

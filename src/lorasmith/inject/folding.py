@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.errors import MergeStateError
-from lorasmith.inject.experts import merged_stack, stacks_by_module
+from lorasmith.inject.experts import merged_stack, stacks_by_module, stores_in_by_out
 from lorasmith.inject.kinds import layer_shape
 from lorasmith.inject.layer import shape_of
-from lorasmith.lora import Adapter, add_delta, compute_dtype, dora_weight
+from lorasmith.lora import Adapter, add_delta, compute_dtype, dora_weight, rows_of
 
 
 def parameter_names(adapter: Adapter) -> set[str]:
@@ -21,6 +21,22 @@ def parameter_names(adapter: Adapter) -> set[str]:
     weights = {f"{p}.weight" for p, f in adapter.factors.items() if f.layout.kind != "expert"}
     biases = {f"{p}.bias" for p in (*adapter.biases, *extras.shifts)}
     return stacks | weights | biases | set(extras.weights) | {f"{p}.weight" for p in extras.rows}
+
+
+def base_matrices(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """Path → the base's matrix (out_features, in_features) that scaling · B @ A is added to: views, no copies."""
+    found: dict[str, Tensor] = {}
+    for path, factors in adapter.factors.items():
+        if factors.layout.kind == "expert":
+            name, _, number = path.rpartition(".")
+            W = model.get_parameter(name).detach()[int(number)]
+            is_flipped = stores_in_by_out(model.get_submodule(name.rpartition(".")[0]))
+            found[path] = W.T if is_flipped else W
+        else:
+            module = model.get_submodule(path)
+            W = model.get_parameter(f"{path}.weight").detach()
+            found[path] = rows_of(W, transposed=shape_of(module).transposed)
+    return found
 
 
 def folded_weight(module: nn.Module, path: str, W: Tensor, adapter: Adapter) -> Tensor:
@@ -71,8 +87,8 @@ def refuse_unmergeable(model: nn.Module, adapter: Adapter) -> None:
             )
         own = f"{path}.weight"
         if own in adapter.extras.weights and factors.layout.kind != "expert":
-            same = adapter.extras.weights[own].to(modules[path].weight)  # type: ignore[arg-type]
-            if not torch.equal(same, modules[path].weight):  # type: ignore[arg-type]
+            same = adapter.extras.weights[own].to(modules[path].weight)
+            if not torch.equal(same, modules[path].weight):
                 faults.append(f"{path}: the file's copy of the base weight differs from this base's")
     for path in adapter.extras.shifts:
         if getattr(modules[path], "bias", None) is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 from torch import nn
 
@@ -54,10 +53,9 @@ def layer_shape(module: nn.Module) -> LayerShape | None:
     return linear_shape(module)
 
 
-@cache
 def own_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class of the module before it was adapted."""
-    return next(c for c in kind.__mro__ if not issubclass(c, AdaptedLayer))
+    return next(c for c in kind.__mro__ if issubclass(c, nn.Module) and not issubclass(c, AdaptedLayer))
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -140,7 +140,7 @@ def attach_to(
 
 def adapt_class(module: nn.Module, mixins: tuple[type[AdaptedLayer], ...]) -> None:
     """Give `module` a class of its own kind with `mixins` before it."""
-    module.__class__ = _adapted_class(type(module), mixins)  # type: ignore[assignment]
+    module.__class__ = _adapted_class(type(module), mixins)  # type: ignore[arg-type]
     module.lora_is_active = True  # type: ignore[assignment]
 
 
@@ -153,7 +153,7 @@ def detach_from(layer: AdaptedLayer) -> None:
     """Give the module its own class back and drop all that was added."""
     for store in (layer._parameters, layer._buffers, layer.__dict__):
         for name in [name for name in store if name.startswith("lora_")]:
-            del store[name]  # type: ignore[attr-defined]
+            del store[name]
     layer.__class__ = own_class(type(layer))  # type: ignore[assignment]
 
 

@@ -40,7 +40,7 @@ class TokenRowsLayer(AdaptedLayer):
 
 def attach_rows(model: nn.Module, path: str, rows: TokenRows) -> None:
     """Put trained rows on the embedding at `path` and on every layer that shares its weight."""
-    weight = model.get_submodule(path).weight
+    weight: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]
     parameter = nn.Parameter(rows.values.detach().to(weight.device, weight.dtype, copy=True))
     for module in sharing(model, weight):
         adapt_class(module, (TokenRowsLayer,))

@@ -18,7 +18,7 @@ def dora_weight(W: Tensor, factors: Factors, magnitude: Tensor, *, transposed: b
     """
     wide = compute_dtype(W.dtype)
     V = rows_of(W, transposed=transposed).to(wide) + delta(factors.to(W.device), dtype=wide)
-    merged = V * (magnitude.to(W.device, wide) / V.norm(dim=1))[:, None]
+    merged: Tensor = V * (magnitude.to(W.device, wide) / V.norm(dim=1))[:, None]
     return (merged.T if transposed else merged).reshape(W.shape).to(W.dtype)
 
 
