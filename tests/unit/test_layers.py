@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lorasmith.analysis import combine, dora_to_lora, truncate
+from lorasmith.analysis import combine, dora_to_lora, survival_report, truncate
 from lorasmith.errors import AdapterFileError, ConfigError, MergeStateError, TargetError
-from lorasmith.inject import eject, extract, inject, merge, merged, switch, unmerge
+from lorasmith.inject import base_matrices, eject, extract, inject, merge, merged, switch, unmerge
 from lorasmith.lora import Adapter, Extras, LoRAConfig, TokenRows
 from tests.support.layers import MixtureBlock, Named, TiedLM, correlate
 from tests.support.models import tiny_causal_lm, tokens
@@ -534,6 +534,21 @@ def test_dora_becomes_plain_lora_with_a_true_residual(kind):
         assert converted.relative_error == pytest.approx(best.item(), rel=1e-9, abs=1e-12)
     assert converted.relative_error < 1e-12
     assert not converted.adapter.extras
+
+
+def test_survival_of_dora_is_that_of_its_whole_update():
+    model = seeded(lambda: Named(nn.Linear(12, 9)))
+    adapter = dora_of(model, LoRAConfig(rank=2, alpha=3, targets=["layer"]))
+    W0 = model.layer.weight.detach().bfloat16().float()
+    model.layer.weight.data.copy_(W0)
+    with merged(model, adapter):
+        exact = model.layer.weight.detach() - W0
+    model.bfloat16()
+    with merged(model, adapter):
+        realised = model.layer.weight.detach().float() - W0
+    report = survival_report(base_matrices(model, adapter), adapter, torch.bfloat16)
+    assert report.relative_error == pytest.approx(((realised - exact).norm() / exact.norm()).item(), rel=1e-4)
+    assert 0 < report.relative_error < 0.1
 
 
 def test_algebra_refuses_what_is_more_than_a_sum():
