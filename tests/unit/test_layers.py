@@ -570,3 +570,12 @@ def test_algebra_keeps_the_kind_of_a_layer():
         assert {p: f.layout for p, f in made.factors.items()} == {
             p: f.layout for p, f in adapter.factors.items()
         }
+
+
+def test_an_adapter_says_what_it_holds_beyond_linear_layers():
+    model = seeded(lambda: TiedLM(tied=False))
+    inject(model, LoRAConfig(targets=["mid", "embed_tokens"], modules_to_save=["lm_head"]))
+    assert extract(model).beyond_linear == "1 embedding modules, 1 whole trained weights"
+    eject(model)
+    inject(model, LoRAConfig(targets=["mid"]))
+    assert extract(model).beyond_linear == ""

@@ -107,7 +107,7 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoRAConfig:
@@ -127,6 +127,12 @@ class LoRAConfig:
 def pattern_matches(pattern: str, path: str) -> bool:
     """Whether a `rank_pattern` key names `path`: PEFT's rule, the key ends the path at a dot."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def _tuples(value: Any) -> Any:
