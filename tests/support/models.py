@@ -17,7 +17,7 @@ VOCAB = 64
 def tiny_causal_lm(
     family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
 ):
-    """A two-layer decoder of transformers' own code: llama, qwen2, qwen3, gemma2, gpt2, mamba."""
+    """A two-layer decoder of transformers' own code: llama, qwen2, qwen3, gemma2, gemma3, mixtral, gpt2, mamba."""
     import transformers
 
     torch.manual_seed(seed)
@@ -40,6 +40,10 @@ def tiny_causal_lm(
         "gemma2": lambda: transformers.Gemma2Config(
             **(common | {"head_dim": 8, "sliding_window": 16} | overrides)
         ),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**(common | {"head_dim": 8} | overrides)),
+        "mixtral": lambda: transformers.MixtralConfig(
+            **(common | {"num_local_experts": 3, "num_experts_per_tok": 2} | overrides)
+        ),
         "gpt2": lambda: transformers.GPT2Config(
             **(dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128) | overrides)
         ),
@@ -53,7 +57,7 @@ def tiny_causal_lm(
     # Initial weights of std 0.02 make tiny models nearly constant; wider ones make differences visible.
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.normal_(0, 0.15)
     return model.to(dtype).eval()
 

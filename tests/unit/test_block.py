@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasmith.inject import inject, lora_layers
+from lorasmith.inject import eject, extract, inject, lora_layers
 from lorasmith.lora import LoRAConfig
 from lorasmith.train.attention import causal_attention  # noqa: F401  (registers the operator)
 from lorasmith.train.block import Rotation, run_block
@@ -186,6 +186,48 @@ def test_a_layer_of_the_right_parts_that_computes_something_else_is_not_taken():
     assert is_block(layer)
     with fast_layers(model) as count:
         assert count == 0
+
+
+@pytest.mark.parametrize("kind", ["dora", "shift", "parts"])
+def test_layers_with_more_than_plain_factors_are_left_alone_and_train_as_ever(kind):
+    model = tiny_causal_lm(dtype=torch.float64)
+    settings = {
+        "dora": {},
+        "shift": {"lora_bias": True},
+        "parts": {"parts": {"q_proj": [(0, 8), (24, 32)]}},
+    }[kind]
+    # the first decoder layer gets the other kind, the second plain factors
+    inject(model, LoRAConfig(rank=RANK, targets=["q_proj"], layers=(0,), **settings), seed=1)
+    adapter = extract(model)
+    eject(model)
+    inject(model, LoRAConfig(rank=RANK, targets=["v_proj"], layers=(1,)), seed=1)
+    adapter.factors |= extract(model).factors
+    eject(model)
+    generator = torch.Generator().manual_seed(1)
+    for path, f in adapter.factors.items():
+        if kind != "parts" or ".0." not in path:
+            f.B.normal_(0, 0.1, generator=generator)
+        if kind == "dora" and ".0." in path:
+            adapter.extras.magnitudes[path] = torch.rand(WIDTH, generator=generator, dtype=torch.float64)
+    inject(model, adapter)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("lora_shift", "lora_B_parts")):
+                parameter.normal_(0, 0.1, generator=generator)
+    assert [is_block(layer) for layer in model.model.layers] == [False, True]
+    expected = gradients(model)
+    assert any(
+        name.endswith({"dora": "magnitude", "shift": "shift", "parts": "parts"}[kind]) for name in expected
+    )
+    with fast_layers(model) as count:
+        assert count == 1
+        found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.any(), name
+        close(found[name], value, torch.float64)
 
 
 def test_a_hook_anywhere_in_a_layer_keeps_it_as_it_is():

@@ -10,8 +10,17 @@ from torch import nn
 
 from lorasmith.engine import Engine, Request
 from lorasmith.errors import BudgetError, ConfigError
-from lorasmith.inject import lora_layers, merged
-from tests.support.engines import engine_of, greedy, mixed_adapters, some_requests, tiny_base, with_biases
+from lorasmith.inject import eject, inject, lora_layers, merged
+from lorasmith.lora import Adapter
+from tests.support.engines import (
+    engine_of,
+    greedy,
+    make_adapter,
+    mixed_adapters,
+    some_requests,
+    tiny_base,
+    with_biases,
+)
 from tests.support.models import VOCAB, tokens
 
 
@@ -42,6 +51,69 @@ def test_adapters_with_biases_and_a_head_are_served_beside_the_others(runner, de
     engine.close()
     for request, result in zip(requests, results, strict=True):
         assert result.token_ids == expected_of(base.model, adapters, request)
+
+
+def beyond_linear(model) -> dict[str, Adapter]:
+    """One adapter of each kind that a decoder can carry, every tensor random."""
+    configs = {
+        "embedding": dict(targets=["embed_tokens", "q_proj"]),
+        "shift": dict(targets=["q_proj", "v_proj"], lora_bias=True),
+        "saved": dict(targets=["v_proj"], modules_to_save=["norm", "lm_head"]),
+        "rows": dict(targets=["v_proj"], trainable_tokens={"embed_tokens": (3, 5)}),
+        "dora": dict(targets=["down_proj"]),
+    }
+    adapters = {
+        name: make_adapter(model, seed, rank=2, **c) for seed, (name, c) in enumerate(configs.items())
+    }
+    generator = torch.Generator().manual_seed(1)
+    for path, f in adapters["dora"].factors.items():
+        adapters["dora"].extras.magnitudes[path] = torch.rand(
+            f.out_features, generator=generator, dtype=f.B.dtype
+        )
+    for adapter in adapters.values():
+        for tensor in adapter.extras.tensors().values():
+            tensor.add_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.3)
+    return adapters
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_every_kind_of_layer_is_served_as_the_model_that_carries_it_answers(is_tied):
+    base = tiny_base("qwen2", dtype=torch.float64, tie_word_embeddings=is_tied)
+    others = beyond_linear(base.model)
+    adapters = mixed_adapters(base.model) | others
+    before = dict(base.model.named_parameters(remove_duplicate=False))
+    values = {name: p.clone() for name, p in before.items()}
+    engine = engine_of(base, adapters, max_rows=5)
+    assert engine.served_alone.keys() == others.keys()
+    requests = some_requests(adapters, count=33, seed=4)
+    results = engine.generate(requests)
+    engine.close()
+    assert all(p is before[name] for name, p in base.model.named_parameters(remove_duplicate=False))
+    assert all(torch.equal(p, values[name]) for name, p in before.items())
+    for request, result in zip(requests, results, strict=True):
+        assert result.token_ids == expected_attached(base.model, adapters, request)
+
+
+def test_a_mixture_of_experts_is_served_too():
+    base = tiny_base("mixtral", dtype=torch.float32)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapters = {"experts": make_adapter(base.model, 1, rank=2, targets=["q_proj"], target_parameters=names)}
+    engine = engine_of(base, adapters)
+    assert engine.served_alone.keys() == {"experts"}
+    for request, result in zip(
+        requests := some_requests(adapters, count=4), engine.generate(requests), strict=True
+    ):
+        assert result.token_ids == expected_attached(base.model, adapters, request)
+
+
+def expected_attached(model, adapters, request: Request) -> tuple[int, ...]:
+    if request.adapter is None:
+        return greedy(model, request)
+    inject(model, adapters[request.adapter])
+    try:
+        return greedy(model, request)
+    finally:
+        eject(model)
 
 
 def test_a_head_alone_shares_the_batch():

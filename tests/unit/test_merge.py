@@ -12,7 +12,15 @@ from torch import nn
 from lorasmith.errors import ConfigError, MergeStateError
 from lorasmith.inject import eject, inject, is_merged, merge, merged, merging, switch, unmerge
 from lorasmith.lora import FileSource, add_delta, set_file_source
-from tests.support.models import TinyMLP, bits, make_adapter, same_bits, same_bits_of, tiny_causal_lm, tokens
+from tests.support.models import (
+    TinyMLP,
+    bits,
+    make_adapter,
+    same_bits,
+    same_bits_of,
+    tiny_causal_lm,
+    tokens,
+)
 from tests.support.tolerance import close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -695,3 +695,39 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path, file):
 def test_a_reason_is_given_for_what_was_left_at_its_default_only():
     assert "width 64" in TrainConfig().reasons(width=64)["lr"]
     assert set(TrainConfig(lr=1e-3, batch_size=4).reasons(width=64)) == {"schedule", "weight_decay"}
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "lora"),
+    [
+        ("llama", False, dict(targets=["embed_tokens", "lm_head"])),
+        ("llama", True, dict(targets=["q_proj", "lm_head"], lora_bias=True)),
+        ("llama", True, dict(targets=["q_proj"], trainable_tokens={"embed_tokens": [97, 98]})),
+        ("llama", True, dict(targets=["q_proj"], modules_to_save=["lm_head", "model.norm"])),
+        ("gpt2", True, dict(targets=["c_attn"], parts={"c_attn": [(0, 32), (64, 96)]})),
+        ("mixtral", False, dict(targets=["q_proj"], target_parameters=["experts.down_proj"])),
+    ],
+)
+def test_layers_of_other_kinds_train_resume_and_come_back_from_disk(tmp_path, family, tied, lora):
+    make = lambda: base(family=family, tie_word_embeddings=tied)  # noqa: E731
+    config = LoRAConfig(rank=2, alpha=8, **lora)
+    given = make()
+    before = {name: value.clone() for name, value in given.model.state_dict().items()}
+    result = run(tmp_path / "run", base=given, lora=config)
+    assert all(torch.equal(value, before[name]) for name, value in given.model.state_dict().items())
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    adapter = read_adapter(tmp_path / "run" / "adapter")
+    assert adapter.digest == result.adapter.digest
+    model = make().model
+    inject(model, adapter)
+    measured = evaluate_loss(Forward(model), examples_of(HELD_OUT))
+    close(torch.tensor(measured.loss), torch.tensor(result.eval_loss), torch.float32)
+
+    def stop(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", base=make(), lora=config, on_step=stop)
+    run(tmp_path / "stopped", base=make(), lora=config, resume=True)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "run")

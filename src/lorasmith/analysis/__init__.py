@@ -9,6 +9,7 @@ May import: lora, errors.
 from lorasmith.analysis.amplification import Amplification, amplification
 from lorasmith.analysis.combine import Combined, Method, combine, subtract
 from lorasmith.analysis.compare import Comparison, compare, cosine, overlap_grid, subspace_overlap
+from lorasmith.analysis.dora import Converted, dora_to_lora
 from lorasmith.analysis.extract import Extracted, ExtractErrors, extract_from_full, looks_linear
 from lorasmith.analysis.spectrum import Spectrum, singular_values, spectra, spectrum, svd
 from lorasmith.analysis.storage import Storage, StorageName, as_stored
@@ -20,6 +21,7 @@ __all__ = [
     "Amplification",
     "Combined",
     "Comparison",
+    "Converted",
     "ExtractErrors",
     "Extracted",
     "Method",
@@ -34,6 +36,7 @@ __all__ = [
     "combine",
     "compare",
     "cosine",
+    "dora_to_lora",
     "extract_from_full",
     "looks_linear",
     "open_tensors",

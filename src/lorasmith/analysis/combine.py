@@ -111,7 +111,7 @@ def combine(
             made, error, size = _merge_elements(parts, method, rank, density, generators)
         else:
             made, error, size = _add(parts, method, rank)
-        factors[path] = made
+        factors[path] = replace(made, layout=parts[0].factors.layout)
         errors.append(error)
         sizes.append(size)
     return Combined(
@@ -237,6 +237,12 @@ def _check(
         faults.append(
             f"{', '.join(biased)} carry trained biases, which replace the base's and so have no sum: "
             "clear `.biases` to combine the factors alone"
+        )
+    extra = [f"adapters[{i}] ({adapter.extras})" for i, adapter in enumerate(adapters) if adapter.extras]
+    if extra:
+        faults.append(
+            f"{', '.join(extra)} hold more than factors, which has no sum: clear `.extras` to combine the factors "
+            "alone, or convert DoRA with dora_to_lora"
         )
     if faults:
         raise ConfigError("combine:\n  " + "\n  ".join(faults))

@@ -63,16 +63,15 @@ def _fold(base: Base, adapter: Adapter, *, force: bool) -> tuple[SurvivalReport,
     import torch
 
     from lorasmith.analysis import survival_report
-    from lorasmith.inject import eject, inject
+    from lorasmith.inject import base_matrices, eject, inject
     from lorasmith.inject import merge as fold
 
     probe = probe_ids(base)
     with torch.no_grad():
-        transposed = inject(base.model, adapter).transposed
+        inject(base.model, adapter)
         unmerged = base.model(probe).logits.float()
         eject(base.model)
-        weights = {path: base.model.get_submodule(path).weight for path in adapter.factors}
-        report = survival_report(weights, adapter, base.model.dtype, transposed=transposed)
+        report = survival_report(base_matrices(base.model, adapter), adapter, base.model.dtype)
         _refuse_if_lost(report, base.model.dtype, force=force)
         fold(base.model, adapter)
         return report, float((base.model(probe).logits.float() - unmerged).abs().max())

@@ -18,17 +18,13 @@ def survey(base: Base, adapter: Adapter) -> dict[str, Any]:
     import torch
 
     from lorasmith.analysis import StorageName, survival_report
-    from lorasmith.inject import eject, inject
+    from lorasmith.inject import base_matrices, check_fit
 
-    transposed = inject(base.model, adapter).transposed
-    eject(base.model)
-    weights = {path: base.model.get_submodule(path).weight for path in adapter.factors}
+    check_fit(base.model, adapter)
+    weights = base_matrices(base.model, adapter)
     with torch.no_grad():
-        own = survival_report(weights, adapter, base.model.dtype, transposed=transposed)
-        formats = {
-            name: survival_report(weights, adapter, name, transposed=transposed)
-            for name in get_args(StorageName)
-        }
+        own = survival_report(weights, adapter, base.model.dtype)
+        formats = {name: survival_report(weights, adapter, name) for name in get_args(StorageName)}
     return {
         "survival": survival_values(own),
         "formats": {

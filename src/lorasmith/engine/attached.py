@@ -10,7 +10,7 @@ import torch
 
 from lorasmith.engine.registry import Generation
 from lorasmith.engine.runner import Runner
-from lorasmith.inject import eject, inject, lora_layers
+from lorasmith.inject import carries_any, eject, inject
 
 
 class AttachedPath:
@@ -54,6 +54,6 @@ class AttachedPath:
         try:
             inject(runner.model, generation.adapter)
         except Exception:
-            self.is_broken = bool(lora_layers(runner.model))
+            self.is_broken = carries_any(runner.model) or bool(generation.adapter.extras.weights)
             raise
         self.current = generation

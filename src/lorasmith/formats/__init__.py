@@ -5,9 +5,10 @@ May import: lora, errors.
 
 from lorasmith.formats.check import Coverage, Problem, check_coverage, check_values
 from lorasmith.formats.gguf_lora import GGUF_FILE_NAMES, write_gguf
-from lorasmith.formats.header import FILE_NAMES, AdapterHeader, ModuleHeader, read_header
+from lorasmith.formats.header import FILE_NAMES, AdapterHeader, read_header
 from lorasmith.formats.mlx_dir import MLX_FILE_NAMES, is_mlx, read_mlx, write_mlx
 from lorasmith.formats.peft_dir import read_adapter, read_with_digest, write_adapter
+from lorasmith.formats.peft_modules import ModuleHeader
 from lorasmith.formats.portable import Folded, make_portable
 from lorasmith.formats.runtimes import RUNTIMES, Verdict, judge_gguf, judge_mlx, judge_peft
 

@@ -18,12 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.errors import ConfigError, MergeStateError
-from lorasmith.inject.attach import check_fit, eject, inject, injection_of, lora_layers
-from lorasmith.inject.layer import LoRALayer, shape_of
+from lorasmith.inject.attach import adapted_layers, check_fit, eject, inject, injection_of, lora_layers
+from lorasmith.inject.folding import (
+    changed_names,
+    expert_stacks,
+    folded_value,
+    is_low_rank,
+    refuse_unmergeable,
+    same_change,
+)
+from lorasmith.inject.kinds import AdaptedLayer
+from lorasmith.inject.layer import shape_of
 from lorasmith.inject.parallel import SCRATCH_ELEMENTS, Job, run_jobs
 from lorasmith.inject.pristine import Keep, keep_pristine
+from lorasmith.inject.rows import rows_by_weight
 from lorasmith.inject.tying import head_is_tied, parameter_slots, shared_parameters, tied_configs
-from lorasmith.lora import Adapter, Factors, add_delta, file_source_of, rows_of
+from lorasmith.lora import Adapter, Factors, TokenRows, add_delta, factors_of_rows, file_source_of
 
 _ATTRIBUTE = "lorasmith_merge"
 
@@ -47,15 +57,24 @@ class MergeState:
     written: set[str] = field(default_factory=set)
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     untied: list[Any] = field(default_factory=list)
-    silenced: list[LoRALayer] = field(default_factory=list)
+    silenced: list[AdaptedLayer] = field(default_factory=list)
 
 
 @dataclass
 class Plan:
-    """Name → the base's own parameter: those written where they lie, those that need memory of their own."""
+    """What an adapter changes, and where.
+
+    Attributes:
+        in_place: name → the base's own parameter, written where it lies.
+        separate: name → the base's own parameter, for those that need memory of their own.
+        rows: name of a weight → the trained token rows that it gets.
+        stacks: name of a stacked parameter → the factors of its experts.
+    """
 
     in_place: dict[str, nn.Parameter]
     separate: dict[str, nn.Parameter]
+    rows: dict[str, TokenRows]
+    stacks: dict[str, list[Factors]]
 
 
 def merge(model: nn.Module, adapter: Adapter, keep: Keep = "auto") -> None:
@@ -146,7 +165,10 @@ def _switch_injected(model: nn.Module, adapter: Adapter) -> None:
     check_fit(model, adapter)
     layers, injection = lora_layers(model), injection_of(model)
     assert injection is not None
-    if layers.keys() == adapter.factors.keys() and injection.biases.keys() == adapter.biases.keys():
+    is_plain = not (adapter.extras or injection.saved or injection.rows or injection.config.parts)
+    is_plain = is_plain and adapted_layers(model).keys() == layers.keys() and not injection.config.lora_bias
+    same_places = layers.keys() == adapter.factors.keys() and injection.biases.keys() == adapter.biases.keys()
+    if is_plain and same_places and not adapter.config.parts:
         for path, layer in layers.items():
             layer.set_factors(adapter.factors[path])
         for path, bias in adapter.biases.items():
@@ -198,7 +220,7 @@ def _put_base_back(model: nn.Module, state: MergeState) -> None:
 
 
 def _silence(model: nn.Module, state: MergeState) -> None:
-    state.silenced = [layer for layer in lora_layers(model).values() if layer.lora_is_active]
+    state.silenced = [layer for layer in adapted_layers(model).values() if layer.lora_is_active]
     for layer in state.silenced:
         layer.lora_is_active = False
 
@@ -207,32 +229,27 @@ def _plan(model: nn.Module, state: MergeState, adapter: Adapter) -> Plan:
     """Sort what `adapter` changes by where it can be written.
 
     Raises:
-        MergeStateError: a weight to be changed is not floating point.
+        MergeStateError: something of the adapter has no weight to go into, or one that is not floating point.
     """
-    names = _parameter_names(adapter)
     base = {name: state.shared.get(name, live) for name, live in parameter_slots(model)}
-    separate, follow = shared_parameters(base, names, partial(_same_change, model, adapter))
+    refuse_unmergeable(model, adapter, base, _base_values(state, base))
+    rows = rows_by_weight(base, adapter)
+    names = changed_names(adapter) | rows.keys()
     quantised = [f"{n} ({base[n].dtype})" for n in sorted(names) if not base[n].is_floating_point()]
     if quantised:
         raise MergeStateError(
             f"merge: {len(quantised)} weights are not floating point: {', '.join(quantised[:3])}. "
             "Serve the adapter unmerged, or load the base in bf16, fp16 or fp32."
         )
+    separate, follow = shared_parameters(base, names, partial(same_change, model, adapter, rows))
     in_place = {name: base[name] for name in base if name in names - separate - follow}
-    return Plan(in_place, {name: base[name] for name in separate})
+    return Plan(in_place, {name: base[name] for name in separate}, rows, expert_stacks(adapter))
 
 
-def _same_change(model: nn.Module, adapter: Adapter, one: str, other: str) -> bool:
-    """Whether two weights get the same delta; two biases are never taken for one."""
-    pair = [name.removesuffix(".weight") for name in (one, other)]
-    if not all(path in adapter.factors for path in pair):
-        return False
-    (A, B), (C, D) = ((adapter.factors[path].A, adapter.factors[path].B) for path in pair)
-    is_transposed = [shape_of(model.get_submodule(path)).transposed for path in pair]
-    if is_transposed[0] != is_transposed[1]:
-        C, D = D.T, C.T
-    same_scaling = adapter.factors[pair[0]].scaling == adapter.factors[pair[1]].scaling
-    return same_scaling and torch.equal(A, C) and torch.equal(B, D)
+def _base_values(state: MergeState, base: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Name → the bits of the base, also while other ones are written there."""
+    kept = {id(base[name]): tensor for name, tensor in state.pristine.items()}
+    return {name: kept.get(id(parameter), parameter.data) for name, parameter in base.items()}
 
 
 def _write(model: nn.Module, state: MergeState, adapter: Adapter, plan: Plan) -> None:
@@ -244,26 +261,31 @@ def _write(model: nn.Module, state: MergeState, adapter: Adapter, plan: Plan) ->
         state.shared[name] = shared = plan.separate[name]
         _set_parameter(model, name, nn.Parameter(torch.empty_like(shared), shared.requires_grad))
     _note_tying(model, state)
-    jobs = [job for name in (*plan.in_place, *plan.separate) for job in _jobs(model, state, adapter, name)]
+    jobs = [
+        job for name in (*plan.in_place, *plan.separate) for job in _jobs(model, state, adapter, plan, name)
+    ]
     run_jobs(jobs, inline=_is_elsewhere((plan.in_place | plan.separate).values()))
 
 
-def _jobs(model: nn.Module, state: MergeState, adapter: Adapter, name: str) -> Iterable[Job]:
-    """The work of writing one parameter, in pieces that fit the scratch."""
+def _jobs(model: nn.Module, state: MergeState, adapter: Adapter, plan: Plan, name: str) -> Iterable[Job]:
+    """The work of writing one parameter: where a low-rank term is added, in pieces that fit the scratch."""
     path, _, kind = name.rpartition(".")
     module = model.get_submodule(path)
     target = module._parameters[kind].data  # type: ignore[union-attr]
-    if kind == "bias":
-        return [partial(_copy, target, adapter.biases[path])]
     base = state.shared[name].data if name in state.shared else state.pristine[name]
+    if not is_low_rank(adapter, name):
+        pairs, rows = plan.stacks.get(name), plan.rows.get(name)
+        return [partial(_fold_whole, target, base, module, name, adapter, pairs, rows)]
     factors, transposed = adapter.factors[path], shape_of(module).transposed
     pieces = -(-target.numel() // SCRATCH_ELEMENTS) if target.device.type == "cpu" else 1
     if pieces == 1:
         return [partial(_fold, target, base, factors, transposed)]
     edges = [len(target) * i // pieces for i in range(pieces + 1)]
     return [
-        partial(_fold, target[rows], base[rows], rows_of(factors, rows, transposed=transposed), transposed)
-        for rows in map(slice, edges, edges[1:])
+        partial(
+            _fold, target[cut], base[cut], factors_of_rows(factors, cut, transposed=transposed), transposed
+        )
+        for cut in map(slice, edges, edges[1:])
     ]
 
 
@@ -271,6 +293,19 @@ def _fold(target: Tensor, base: Tensor, factors: Factors, transposed: bool, scra
     fits = target.device == scratch.device and target.numel() <= scratch.numel()
     base = base.to(target.device)
     add_delta(base, factors, transposed=transposed, out=target, scratch=scratch if fits else None)
+
+
+def _fold_whole(
+    target: Tensor,
+    base: Tensor,
+    module: nn.Module,
+    name: str,
+    adapter: Adapter,
+    pairs: list[Factors] | None,
+    rows: TokenRows | None,
+    scratch: Tensor,
+) -> None:
+    target.copy_(folded_value(module, name, base.to(target.device), adapter, pairs=pairs, rows=rows))
 
 
 def _copy(target: Tensor, source: Tensor, scratch: Tensor | None = None) -> None:
@@ -306,10 +341,6 @@ def _note_tying(model: nn.Module, state: MergeState) -> None:
     state.untied = tied_configs(model) if state.shared and not head_is_tied(model) else []
     for config in state.untied:
         config.tie_word_embeddings = False
-
-
-def _parameter_names(adapter: Adapter) -> set[str]:
-    return {f"{p}.weight" for p in adapter.factors} | {f"{p}.bias" for p in adapter.biases}
 
 
 def _state(model: nn.Module) -> MergeState | None:

@@ -24,17 +24,18 @@ def delta(
 
 
 def add_delta(
-    weight: Float[Tensor, "rows cols"],
+    weight: Float[Tensor, "rows cols *kernel"],
     factors: Factors,
     *,
     transposed: bool = False,
-    out: Float[Tensor, "rows cols"] | None = None,
+    out: Float[Tensor, "rows cols *kernel"] | None = None,
     scratch: Tensor | None = None,
-) -> Float[Tensor, "rows cols"]:
+) -> Float[Tensor, "rows cols *kernel"]:
     """W0 + scaling · B @ A in at least float32, rounded once to W0's dtype. W0 is not changed.
 
     Args:
-        weight: W0, (out_features, in_features), or its transpose when `transposed`.
+        weight: W0, (out_features, in_features), or its transpose when `transposed`. Further axes,
+            those of a convolution's kernel, count as part of in_features.
         transposed: the weight is stored (in_features, out_features), as GPT-2's `Conv1D` does.
         out: where the result goes, of W0's shape and dtype; a new tensor by default.
         scratch: room for the sum before it is rounded: as many elements of `compute_dtype` as W0 has.
@@ -46,17 +47,19 @@ def add_delta(
     sB = (factors.B.T.to(weight.device, wide).contiguous() * factors.scaling).T
     left, right = (A.T, sB.T) if transposed else (sB, A)
     out = torch.empty_like(weight) if out is None else out
-    if wide == out.dtype:
-        total = out
-    elif scratch is None:
-        total = torch.empty(weight.shape, dtype=wide, device=weight.device)
+    matrix = weight.flatten(1)
+    is_direct = wide == out.dtype and (out.ndim == 2 or out.is_contiguous())
+    if is_direct:
+        total = out.view(matrix.shape)
+    elif scratch is None or scratch.dtype != wide:
+        total = torch.empty(matrix.shape, dtype=wide, device=weight.device)
     else:
-        total = scratch[: weight.numel()].view(weight.shape)
-    total.copy_(weight).addmm_(left, right)  # in place, so that autocast leaves it in `wide`
-    return total if total is out else out.copy_(total)
+        total = scratch[: weight.numel()].view(matrix.shape)
+    total.copy_(matrix).addmm_(left, right)  # in place, so that autocast leaves it in `wide`
+    return out if is_direct else out.copy_(total.view(weight.shape))
 
 
-def rows_of(factors: Factors, rows: slice, *, transposed: bool = False) -> Factors:
+def factors_of_rows(factors: Factors, rows: slice, *, transposed: bool = False) -> Factors:
     """The factors whose delta is those rows of the delta, as the weight is stored."""
     if transposed:
         return replace(factors, A=factors.A[:, rows])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.inject import LoRALayer
+from lorasmith.inject import LoRALayer, is_plain_linear
 from lorasmith.train.block import Keep, Rotation, linear_groups, run_block
 from lorasmith.train.elementwise import Operations, operations
 
@@ -51,7 +51,7 @@ def is_block(layer: nn.Module) -> bool:
     plain = [m for group in linear_groups(layer) for m in group]
     return (
         type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
-        and all(_is_linear(m) for m in plain)
+        and all(is_plain_linear(m) for m in plain)
         and all([name for name, _ in norm.named_parameters()] == ["weight"] for norm in norms)
         and getattr(norms[0], "variance_epsilon", None) == getattr(norms[1], "variance_epsilon", 0.0)
         and not any(_is_hooked(m) for m in layer.modules())
@@ -60,12 +60,6 @@ def is_block(layer: nn.Module) -> bool:
 
 def _children(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, LoRALayer):
-        return module.lora_is_active and module.lora_is_plain and isinstance(module, nn.Linear)
-    return type(module) is nn.Linear
 
 
 def _is_hooked(module: nn.Module) -> bool:
