@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from lorasmith.formats import (
     write_gguf,
     write_mlx,
 )
-from lorasmith.lora import Adapter, Factors, LoRAConfig
+from lorasmith.lora import Adapter, Factors, Layout, LoRAConfig, TokenRows
 from tests.support.tolerance import close
 
 SHAPES = {"self_attn.q_proj": (16, 12), "self_attn.k_proj": (8, 12), "mlp.down_proj": (12, 20)}
@@ -162,6 +163,43 @@ def test_verdicts_on_what_has_no_place_elsewhere(tmp_path):
     assert "regular expression" in judge_peft(read_header(tmp_path / "regex"))["sglang"].reason
     write_adapter(make_portable(regex).adapter, tmp_path / "listed")
     assert judge_peft(read_header(tmp_path / "listed"))["sglang"].ok
+
+
+def beyond(kind: str) -> Adapter:
+    """Factors of linear layers, and one thing more."""
+    adapter = make_adapter(LoRAConfig(rank=2, alpha=3, targets=tuple(n.split(".")[1] for n in SHAPES)))
+    ones = {path: torch.ones(f.out_features) for path, f in adapter.factors.items()}
+    changes = {}
+    if kind == "whole weight":
+        changes = {"modules_to_save": ("norm",)}
+        adapter.extras.weights["model.norm.weight"] = torch.ones(4)
+    elif kind == "token rows":
+        changes = {"trainable_tokens": {"model.embed_tokens": (1,)}}
+        adapter.extras.rows["model.embed_tokens"] = TokenRows((1,), torch.ones(1, 4))
+    elif kind == "lora_bias":
+        changes = {"lora_bias": True}
+        adapter.extras.shifts |= ones
+    elif kind == "DoRA magnitude":
+        adapter.extras.magnitudes |= ones
+    else:
+        changes = {"targets": (*adapter.config.targets, "embed_tokens")}
+        adapter.factors["model.embed_tokens"] = Factors(
+            torch.ones(2, 9), torch.ones(4, 2), 1.5, Layout("embedding")
+        )
+    return replace(adapter, config=replace(adapter.config, **changes))
+
+
+@pytest.mark.parametrize("kind", ["whole weight", "token rows", "lora_bias", "DoRA magnitude", "embedding"])
+def test_what_is_beyond_linear_factors_goes_to_peft_alone(kind, tmp_path):
+    adapter = beyond(kind)
+    write_adapter(adapter, tmp_path / "peft")
+    verdicts = judge_peft(read_header(tmp_path / "peft"))
+    assert [name for name, v in verdicts.items() if v.ok] == ["peft"]
+    assert kind in verdicts["vllm"].reason
+    for refused in (lambda: make_portable(adapter), lambda: write_mlx(adapter, tmp_path / "m")):
+        with pytest.raises(AdapterFileError, match="which only PEFT's format can carry"):
+            refused()
+    assert not (tmp_path / "m").exists()
 
 
 # --- MLX ------------------------------------------------------------------------------------------------

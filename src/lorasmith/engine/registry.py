@@ -212,4 +212,10 @@ class Registry:
 def _copied(adapter: Adapter) -> Adapter:
     factors = {path: f.clone() for path, f in adapter.factors.items()}
     biases = {path: bias.detach().clone() for path, bias in adapter.biases.items()}
-    return replace(adapter, factors=factors, biases=biases, provenance=dict(adapter.provenance))
+    return replace(
+        adapter,
+        factors=factors,
+        biases=biases,
+        provenance=dict(adapter.provenance),
+        extras=adapter.extras.to(),
+    )

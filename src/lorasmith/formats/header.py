@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from lorasmith.formats.peft_modules import ModuleHeader, Tensors, gather_tensors
 from lorasmith.formats.peft_names import Part, TensorName, parse_name
 from lorasmith.formats.peft_rules import steps_fault
 from lorasmith.formats.strict_json import parse_object
-from lorasmith.lora import LoRAConfig
+from lorasmith.lora import LINEAR, LoRAConfig
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -23,6 +24,12 @@ FILE_NAMES = (WEIGHTS_NAME, CONFIG_NAME, sidecar.FILE_NAME)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MAX_JSON_BYTES = 32_000_000
 _MAX_FAULTS_SHOWN = 40
+_BEYOND = {
+    "weight": "whole weight",
+    "rows": "token rows",
+    "shift": "lora_bias",
+    "magnitude": "DoRA magnitude",
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,13 @@ class AdapterHeader:
     provenance: Mapping[str, Any]
     content_digest: str | None
     slots: Mapping[tuple[str, Part], Slot] = field(repr=False)
+
+    @property
+    def beyond_linear(self) -> str:
+        """What is here besides factors of linear layers and biases, in words; empty for plain LoRA."""
+        kinds: Counter[str] = Counter(m.layout.kind for m in self.modules.values() if m.layout != LINEAR)
+        kinds.update(_BEYOND[part] for _, part in self.slots if part in _BEYOND)
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
 def read_header(path: str | Path, *, is_shifted: bool = False) -> AdapterHeader:

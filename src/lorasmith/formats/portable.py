@@ -57,7 +57,7 @@ def make_portable(adapter: Adapter) -> Folded:
     """The adapter with scaling 1, one rank, and a config of plain lists and numbers.
 
     Raises:
-        AdapterFileError: it has no factors, or carries trained biases, which no two runtimes treat alike.
+        AdapterFileError: it has no factors, or more than those of linear layers, which no two runtimes treat alike.
     """
     require_plain(adapter, "--to portable")
     folded = fold_scaling(adapter)
@@ -73,10 +73,15 @@ def require_plain(adapter: Adapter, target: str) -> None:
     """Refuse what only PEFT can carry.
 
     Raises:
-        AdapterFileError: no factors, or trained biases.
+        AdapterFileError: no factors, trained biases, or more than factors of linear layers.
     """
     if not adapter.factors:
         raise AdapterFileError(f"export {target}: the adapter has no factors")
+    if beyond := adapter.beyond_linear:
+        raise AdapterFileError(
+            f"export {target}: the adapter holds {beyond}, which only PEFT's format can carry.\n"
+            "  Export with --to peft, or merge it into a model of its own (lorasmith merge)."
+        )
     if adapter.biases:
         raise AdapterFileError(
             f"export {target}: the adapter carries {len(adapter.biases)} trained biases. vLLM refuses them, and SGLang, "

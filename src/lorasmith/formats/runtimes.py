@@ -31,8 +31,13 @@ class Verdict:
 
 def judge_peft(header: AdapterHeader) -> dict[str, Verdict]:
     """Verdict by runtime on a PEFT directory."""
+    reads_all = Verdict(True, "reads every field that is written here")
+    if beyond := header.beyond_linear:
+        reason = f"applies factors of linear layers only, as far as is known here; this holds {beyond}"
+        others = {name: Verdict(False, reason) for name in ("vllm", "sglang", "llama.cpp")}
+        return {"peft": reads_all} | others | {"mlx": Verdict(False, _MLX_ONLY)}
     return {
-        "peft": Verdict(True, "reads every field that is written here"),
+        "peft": reads_all,
         "vllm": _vllm(header),
         "sglang": _sglang(header),
         "llama.cpp": _llama_cpp(header),
