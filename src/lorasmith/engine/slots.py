@@ -38,15 +38,15 @@ class GroupSpec:
 class FactorStack:
     """A (slots, members · rank, in) and B of each member (slots, rank, out), scaling folded into B.
 
-    Where the C function computes decode steps the stacks are kept in the base's dtype, which it reads at
-    memory speed; elsewhere in float32, in which torch's small products are faster than in bfloat16.
+    Kept in the base's dtype where the C function computes decode steps, which reads it at memory speed, and
+    on accelerators; elsewhere in float32, in which torch's small products on a CPU are faster than in bfloat16.
     """
 
     def __init__(self, spec: GroupSpec, dtype: torch.dtype, device: torch.device) -> None:
         self.spec = spec
         self.rank = 0
         self.is_native = native.is_available(dtype, device)
-        dtype = dtype if self.is_native else compute_dtype(dtype)
+        dtype = dtype if self.is_native or device.type != "cpu" else compute_dtype(dtype)
         self.A = torch.zeros(0, 0, spec.in_features, dtype=dtype, device=device)
         self.B = [torch.zeros(0, 0, n, dtype=dtype, device=device) for n in spec.out_features]
         self.ranks = torch.zeros(0, len(spec.paths), dtype=torch.int32)
