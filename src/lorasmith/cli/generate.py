@@ -70,8 +70,8 @@ def generate(
     from lorasmith.cli.prompts import Question, read_questions
     from lorasmith.engine import Request
 
-    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
-                "seed": seed, "stop": tuple(stop or ())}  # fmt: skip
+    settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p,
+                                "top_k": top_k, "seed": seed, "stop": tuple(stop or ())}  # fmt: skip
     if prompts is not None:
         questions = read_questions(prompts, settings, folders)
     else:
