@@ -74,6 +74,7 @@ def test_the_choice_and_what_it_computes(family, kernels, chosen, line, recomput
     assert all(torch.equal(after[name], value) for name, value in expected.items())
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_compiled_layers_compute_the_same_for_every_shape_and_are_given_back():
     model = adapted("qwen3")
     expected = gradients(model)
@@ -96,6 +97,7 @@ def test_long_runs_are_compiled_and_short_ones_are_not(monkeypatch):
     assert any("no compiler" in line for line in policy.lines)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_a_compiler_that_fails_is_reported_and_the_run_goes_on():
     model = adapted("qwen3")
 

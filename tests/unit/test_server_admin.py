@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 
 import pytest
 
@@ -329,13 +330,21 @@ def test_no_log_line_holds_a_prompt_or_an_answer(place, caplog):
 
 def test_readiness_follows_the_engines_heartbeat(place):
     gateway = gateway_of(place, max_silence_s=0.3)
+    forward, goes_on = gateway.engine.runner.forward, threading.Event()
+
+    def hanging(batch):
+        goes_on.wait(10)
+        return forward(batch)
+
+    gateway.engine.runner.forward = hanging
 
     async def conversation(client):
         before = (await client.get("/ready", headers=BOSS)).status_code
-        gateway.engine._step_lock.acquire()  # a step that never ends
+        asked = asyncio.ensure_future(said(client, "red"))  # a step that does not end
         await asyncio.sleep(0.6)
         during = (await client.get("/ready", headers=BOSS)).json()
-        gateway.engine._step_lock.release()
+        goes_on.set()
+        await asked
         await asyncio.sleep(0.2)
         return before, during, (await client.get("/ready", headers=BOSS)).status_code
 
