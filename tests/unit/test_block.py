@@ -24,8 +24,9 @@ def norms_in_their_own_dtype(monkeypatch):
     """transformers computes norms in float32 even in a float64 model; compare with exact ones there."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-    for kind in (LlamaRMSNorm, Qwen2RMSNorm):
+    for kind in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
 
         def forward(self, x, own=kind.forward):
             if x.dtype != torch.float64:
@@ -57,7 +58,7 @@ def gradients(model, *, slots=21, mask=None):
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]])
 def test_outputs_and_every_gradient_are_the_layers_own(family, keep, targets):
@@ -71,12 +72,13 @@ def test_outputs_and_every_gradient_are_the_layers_own(family, keep, targets):
         close(found[name], value, torch.float64)
 
 
-def test_every_weight_of_full_fine_tuning_gets_its_gradient():
-    model = tiny_causal_lm("qwen2", dtype=torch.float64)
+@pytest.mark.parametrize(("family", "has"), [("qwen2", "bias"), ("qwen3", "q_norm")])
+def test_every_weight_of_full_fine_tuning_gets_its_gradient(family, has):
+    model = tiny_causal_lm(family, dtype=torch.float64)
     model.requires_grad_(True)
     expected = gradients(model)
     assert any("layernorm" in name for name in expected)
-    assert any("bias" in name for name in expected)
+    assert any(has in name for name in expected)
     with fast_layers(model) as count:
         assert count == 2
         found = gradients(model)
@@ -112,8 +114,9 @@ def test_lower_precision_is_as_near_to_float64_as_the_layers_own(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_kept_changes_no_bit(dtype):
-    model = adapted(dtype=dtype)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_is_kept_changes_no_bit(dtype, family):
+    model = adapted(family, dtype=dtype)
     results = []
     for keep in KEEPS:
         with fast_layers(model, keep=keep):
@@ -163,7 +166,7 @@ def test_saved_numbers_are_those_of_the_formula(keep):
     assert kept == batch * slots * per_token
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
 def test_other_layers_compute_as_ever(family):
     model = tiny_causal_lm(family)
     assert not any(is_block(m) for m in model.modules())

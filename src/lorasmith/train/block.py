@@ -1,7 +1,8 @@
 """A decoder layer of the Llama family as one autograd node that keeps little.
 
 Semantics: exactly the layer's own forward,
-    x₂ = x + o_proj(attention(rotate(q, k), v))      q, k, v = projections of norm₁(x)
+    x₂ = x + o_proj(attention(rotate(q, k), v))      q, k, v = projections of norm₁(x); in Qwen 3
+                                                     q and k also go through norms of their own
     y  = x₂ + down_proj(silu(gate) · up)             gate, up = projections of norm₂(x₂)
 Saved per token, in numbers of the model's dtype, beside Σ rank of the factors:
     keep="all"    2·width + (2·heads + 2·kv_heads)·head_dim + 2·intermediate
@@ -59,10 +60,12 @@ class Saved(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """Weights of the two norms, and of each group W, b, A and B of each of its layers."""
+    """Weights of the norms (of q and k: if there are any), and of each group W, b, A, B of each layer."""
 
     norm1: Tensor
     norm2: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     groups: tuple[tuple[Tensor | None, ...], ...]
 
 
@@ -114,7 +117,8 @@ def run_block(
 ) -> Tensor:
     """Output of `layer`, which `is_block` has accepted, for x (batch, slots, width)."""
     modules: Any = layer
-    tensors: list[Tensor | None] = [modules.input_layernorm.weight, modules.post_attention_layernorm.weight]
+    norms = (modules.input_layernorm, modules.post_attention_layernorm, *head_norms(layer))
+    tensors: list[Tensor | None] = [None if norm is None else norm.weight for norm in norms]
     specs, sizes = [], []
     for members in linear_groups(layer):
         spec, own = linear_parts(members)
@@ -141,15 +145,21 @@ def linear_groups(layer: nn.Module) -> list[list[nn.Module]]:
     return [[getattr(owner, name) for name in names] for owner, names in zip(owners, GROUPS, strict=True)]
 
 
+def head_norms(layer: nn.Module) -> tuple[Any, Any]:
+    """The norms of q and of k, or None twice."""
+    modules: Any = layer
+    return getattr(modules.self_attn, "q_norm", None), getattr(modules.self_attn, "k_norm", None)
+
+
 def _named(tensors: Sequence[Tensor | None], plan: Plan) -> Tensors:
-    norm1, norm2, *rest = tensors
+    norm1, norm2, q_norm, k_norm, *rest = tensors
     groups = []
     for size in plan.sizes:
         groups.append(tuple(rest[:size]))
         rest = rest[size:]
     assert norm1 is not None
     assert norm2 is not None
-    return Tensors(norm1, norm2, tuple(groups))
+    return Tensors(norm1, norm2, q_norm, k_norm, tuple(groups))
 
 
 def _forward(x: Tensor, rotation: Rotation, t: Tensors, plan: Plan) -> tuple[Tensor, Saved]:
@@ -157,9 +167,9 @@ def _forward(x: Tensor, rotation: Rotation, t: Tensors, plan: Plan) -> tuple[Ten
     h = ops.norm(x, t.norm1, plan.eps)
     (q, k, v), u1 = linear_outputs(h, specs[0], t.groups[0])
     q, k, v = (_by_head(z, plan) for z in (q, k, v))
-    ops.rotate_(q, rotation.cosine, rotation.sine)
-    ops.rotate_(k, rotation.cosine, rotation.sine)
-    o = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rotation.mask, plan.scale)
+    turned = _turned(q, t.q_norm, rotation, plan), _turned(k, t.k_norm, rotation, plan)
+    at_q, at_k, at_v = (z.transpose(1, 2) for z in (*turned, v))
+    o = attend(at_q, at_k, at_v, rotation.mask, plan.scale)
     o = o.transpose(1, 2).flatten(2)
     (x2,), u2 = linear_outputs(o, specs[1], t.groups[1])
     x2.add_(x)
@@ -168,6 +178,24 @@ def _forward(x: Tensor, rotation: Rotation, t: Tensors, plan: Plan) -> tuple[Ten
     (y,), u4 = linear_outputs(m, specs[3], t.groups[3])
     y.add_(x2)
     return y, Saved(x, x2, q, k, v, o, (u1, u2, u3, u4), gate, up)
+
+
+def _turned(z: Tensor, norm: Tensor | None, rotation: Rotation, plan: Plan) -> Tensor:
+    """z (batch, slots, heads, head_dim) normed, if there is a norm, and rotated; without one in place."""
+    z = z if norm is None else plan.operations.norm(z, norm, plan.eps)
+    return plan.operations.rotate_(z, rotation.cosine, rotation.sine)
+
+
+def _turned_back(
+    dz: Tensor, z: Tensor, norm: Tensor | None, rotation: Rotation, plan: Plan, *, needs_norm: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of z before `_turned`, and of the norm's weight."""
+    ops = plan.operations
+    dz = ops.rotate_(dz.transpose(1, 2).contiguous(), rotation.cosine, rotation.sine, back=True)
+    if norm is None:
+        return dz.flatten(2), None
+    of_norm = _of_norm_weight(dz, z, plan.eps) if needs_norm else None
+    return ops.norm_backward(dz, z, norm, plan.eps, torch.zeros_like(dz)).flatten(2), of_norm
 
 
 def _gate_up(x2: Tensor, t: Tensors, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,7 +230,7 @@ def _backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     ops, specs = plan.operations, plan.specs
-    starts = [2 + sum(plan.sizes[:i]) for i in range(len(plan.sizes))]
+    starts = [len(t) - 1 + sum(plan.sizes[:i]) for i in range(len(plan.sizes))]
     wanted = [needs[start : start + size] for start, size in zip(starts, plan.sizes, strict=True)]
 
     def through(
@@ -218,17 +246,19 @@ def _backward(
     dnorm2 = _of_norm_weight(dh, s.x2, plan.eps) if needs[1] else None
     dx2 = ops.norm_backward(dh, s.x2, t.norm2, plan.eps, dy)
     do, of_o = through(1, s.o, [dx2])
-    do, q, k, v = (_by_head(z, plan).transpose(1, 2) for z in (do, s.q, s.k, s.v))
+    # Without norms q and k were kept as rotated; with norms, as they came from their projections.
+    q = s.q if t.q_norm is None else _turned(s.q, t.q_norm, rotation, plan)
+    k = s.k if t.k_norm is None else _turned(s.k, t.k_norm, rotation, plan)
+    do, q, k, v = (_by_head(z, plan).transpose(1, 2) for z in (do, q, k, s.v))
     dq, dk, dv = attend_backward(do, q, k, v, rotation.mask, plan.scale)
-    dq, dk, dv = (z.transpose(1, 2).contiguous() for z in (dq, dk, dv))
-    ops.rotate_(dq, rotation.cosine, rotation.sine, back=True)
-    ops.rotate_(dk, rotation.cosine, rotation.sine, back=True)
-    grads = [z.flatten(2) for z in (dq, dk, dv)]
+    dq, dq_norm = _turned_back(dq, s.q, t.q_norm, rotation, plan, needs_norm=needs[2])
+    dk, dk_norm = _turned_back(dk, s.k, t.k_norm, rotation, plan, needs_norm=needs[3])
+    grads = [dq, dk, dv.transpose(1, 2).flatten(2)]
     needs_h = needs_x or needs[0]
     dh, of_qkv = through(0, ops.norm(s.x, t.norm1, plan.eps), grads, needs_x=needs_h)
     dnorm1 = _of_norm_weight(dh, s.x, plan.eps) if needs[0] else None
     dx = ops.norm_backward(dh, s.x, t.norm1, plan.eps, dx2) if needs_x else None
-    return dx, [dnorm1, dnorm2, *of_qkv, *of_o, *of_mlp, *of_down]
+    return dx, [dnorm1, dnorm2, dq_norm, dk_norm, *of_qkv, *of_o, *of_mlp, *of_down]
 
 
 def _of_norm_weight(dh: Tensor, x: Tensor, eps: float) -> Tensor:

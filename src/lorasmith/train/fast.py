@@ -45,15 +45,20 @@ def is_block(layer: nn.Module) -> bool:
         return False
     attention, mlp = modules.self_attn, modules.mlp
     names = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj", "act_fn"}
-    if (_children(attention), _children(mlp)) != names or not hasattr(attention, "head_dim"):
+    of_heads = {"q_norm", "k_norm"} & _children(attention)
+    if (_children(attention) - of_heads, _children(mlp)) != names or not hasattr(attention, "head_dim"):
         return False
-    norms = modules.input_layernorm, modules.post_attention_layernorm
+    norms = [modules.input_layernorm, modules.post_attention_layernorm]
+    for name in of_heads:
+        norms.append(getattr(attention, name))
+        if len(of_heads) == 1 or norms[-1].weight.shape != (attention.head_dim,):
+            return False
     plain = [m for group in linear_groups(layer) for m in group]
     return (
         type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and all(is_plain_linear(m) for m in plain)
         and all([name for name, _ in norm.named_parameters()] == ["weight"] for norm in norms)
-        and getattr(norms[0], "variance_epsilon", None) == getattr(norms[1], "variance_epsilon", 0.0)
+        and len({getattr(norm, "variance_epsilon", index) for index, norm in enumerate(norms)}) == 1
         and not any(_is_hooked(m) for m in layer.modules())
     )
 

@@ -109,13 +109,15 @@ def _recomputed(model: Any) -> Iterator[None]:
     switches[0]({"use_reentrant": False})
     # transformers makes the embeddings' output require a gradient; only re-entrant recomputation needs it.
     model.disable_input_require_grads()
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True
+    switched = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and not m.training]
+    for module in switched:  # they recompute in training mode alone; their layers stay as they are
+        module.training = True
     try:
         yield
     finally:
         switches[1]()
+        for module in switched:
+            module.training = False
 
 
 @contextmanager
