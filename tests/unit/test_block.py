@@ -233,6 +233,34 @@ def test_layers_with_more_than_plain_factors_are_left_alone_and_train_as_ever(ki
         close(found[name], value, torch.float64)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_each_layer_is_proved_by_itself(first):
+    """As in SmolLM 3, whose layers look alike while some leave the rotation out."""
+    model = adapted()
+    odd = model.model.layers[first].self_attn
+    own = type(odd)
+
+    class Unrotated(own):
+        def forward(self, hidden_states, position_embeddings=None, **kwargs):
+            cosine, sine = position_embeddings
+            still = torch.ones_like(cosine), torch.zeros_like(sine)
+            return super().forward(hidden_states, position_embeddings=still, **kwargs)
+
+    odd.__class__ = Unrotated
+    expected = gradients(model)
+    assert all(is_block(layer) for layer in model.model.layers)
+    with fast_layers(model) as count:
+        assert count == 1
+        for name, value in gradients(model).items():
+            close(value, expected[name], torch.float64)
+
+
+def test_a_layer_of_several_dtypes_is_not_taken():
+    model = adapted(dtype=torch.bfloat16)
+    model.model.layers[0].input_layernorm.float()
+    assert [is_block(layer) for layer in model.model.layers] == [False, True]
+
+
 def test_a_hook_anywhere_in_a_layer_keeps_it_as_it_is():
     model = tiny_causal_lm()
     model.model.layers[0].mlp.register_forward_hook(lambda *_: None)

@@ -107,6 +107,21 @@ def test_cross_entropy_and_its_gradient(dtype, smoothing):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", [-1, 5])
+def test_a_target_outside_the_vocabulary_is_refused_not_read(dtype, target):
+    for ops in both(dtype):
+        with pytest.raises((RuntimeError, IndexError), match="out of"):
+            ops.cross_entropy_(random(2, 5, dtype=dtype), torch.tensor([0, target]), 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_angles_of_another_dtype_rotate_the_same(dtype):
+    x, angles = random(2, 5, 3, 8, dtype=dtype), random(1, 5, 8, dtype=torch.float64, seed=2)
+    found = [ops.rotate_(x.clone(), angles.cos(), angles.sin()) for ops in both(dtype)]
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_number_of_threads_changes_no_bit(dtype):
     x, w = random(9, 700, dtype=dtype), random(700, dtype=dtype, seed=1)
     before = torch.get_num_threads()

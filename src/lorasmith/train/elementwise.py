@@ -91,7 +91,7 @@ class NativeOperations(Operations):
 
     def rotate_(self, x: Tensor, cosine: Tensor, sine: Tensor, *, back: bool = False) -> Tensor:
         """As in `Operations`."""
-        if not x.is_contiguous() or cosine.shape[-1] != x.shape[3]:
+        if not x.is_contiguous() or cosine.shape[-1] != x.shape[3] or cosine.dtype != x.dtype:
             return super().rotate_(x, cosine, sine, back=back)
         batch, slots, heads, d = x.shape
         cosine, sine = cosine.contiguous(), sine.contiguous()
@@ -128,7 +128,8 @@ class NativeOperations(Operations):
 
     def cross_entropy_(self, z: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         """As in `Operations`."""
-        if not z.is_contiguous():
+        lowest, highest = targets.aminmax() if len(targets) else (0, 0)
+        if not z.is_contiguous() or lowest < 0 or highest >= z.shape[1]:  # torch names a target out of range
             return super().cross_entropy_(z, targets, smoothing)
         losses, targets = torch.empty(len(z)), targets.contiguous()
         self._cross_entropy(*z.shape, _at(z), _at(targets), smoothing, _at(losses), _threads())  # type: ignore[attr-defined]

@@ -21,16 +21,13 @@ def fast_layers(model: nn.Module, *, keep: Keep = "all") -> Iterator[int]:
     """Compute the decoder layers of `model` by `block` inside the `with`.
 
     A call that a training step does not make (with a key-value cache, or under autocast) still goes to
-    the layer's own forward. Yields how many layers take part: all of the family's shape whose outputs
-    and gradients agree with their own on a probe, or none.
+    the layer's own forward. Yields how many layers take part: each of the family's shape whose own output
+    and gradient the block reproduces on a probe. (Layers of one model may differ in what no part shows:
+    SmolLM 3 rotates in some and not in others.)
     """
-    layers = [layer for layer in model.modules() if is_block(layer)]
-    if not layers or not _agrees(model, layers[0]):
-        yield 0
-        return
-    ops = _operations_of(layers[0])
+    layers = [layer for layer in model.modules() if is_block(layer) and _agrees(layer)]
     for layer in layers:
-        layer.forward = _forward_of(layer, keep, ops)
+        layer.forward = _forward_of(layer, keep, _operations_of(layer))
     try:
         yield len(layers)
     finally:
@@ -60,6 +57,7 @@ def is_block(layer: nn.Module) -> bool:
         and all([name for name, _ in norm.named_parameters()] == ["weight"] for norm in norms)
         and len({getattr(norm, "variance_epsilon", index) for index, norm in enumerate(norms)}) == 1
         and not any(_is_hooked(m) for m in layer.modules())
+        and len({(p.dtype, p.device) for name, p in layer.named_parameters() if "lora_" not in name}) == 1
     )
 
 
@@ -73,7 +71,8 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _operations_of(layer: nn.Module) -> Operations:
-    weight = next(layer.parameters())
+    modules: Any = layer
+    weight: Tensor = modules.input_layernorm.weight
     return operations(weight.dtype, weight.device)
 
 
@@ -87,17 +86,19 @@ def _forward_of(layer: nn.Module, keep: Keep, ops: Operations) -> Any:
         past_key_values: Any = None,
         **extra: Any,
     ) -> Any:
+        is_usual = position_embeddings is not None and (attention_mask is None or attention_mask.ndim == 4)
         autocast = torch.is_autocast_enabled(hidden_states.device.type)
-        if position_embeddings is None or past_key_values is not None or autocast:
+        if not is_usual or past_key_values is not None or autocast:
             extra |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
             return own(hidden_states, position_embeddings=position_embeddings, **extra)
+        assert position_embeddings is not None
         rotation = Rotation(*position_embeddings, attention_mask)
         return run_block(layer, hidden_states, rotation, keep=keep, operations=ops)
 
     return forward
 
 
-def _agrees(model: nn.Module, layer: nn.Module) -> bool:
+def _agrees(layer: nn.Module) -> bool:
     """Whether outputs and input gradients of the block are those of the layer's own forward."""
     modules: Any = layer
     weight = modules.input_layernorm.weight
@@ -135,4 +136,4 @@ def _output_and_gradient(function: Any, x: Tensor) -> list[Tensor]:
         y = function(leaf)
         y = y[0] if isinstance(y, tuple) else y
         (gradient,) = torch.autograd.grad(y.float().square().sum(), leaf)
-    return [(y.detach() - x).double(), (gradient - 0).double()]
+    return [(y.detach() - x).double(), gradient.double()]

@@ -91,9 +91,9 @@ def _loss_only(
     hidden: Tensor, targets: Tensor, head: Head, smoothing: float, chunk: int, wide: torch.dtype
 ) -> Tensor:
     total = torch.zeros((), dtype=wide, device=hidden.device)
-    ops = operations(hidden.dtype, hidden.device)
     for h, t in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
-        total += ops.cross_entropy_(head.logits(h), t, smoothing).sum()
+        z = head.logits(h)
+        total += operations(z.dtype, z.device).cross_entropy_(z, t, smoothing).sum()
     return total
 
 
@@ -112,10 +112,9 @@ class _FrozenHead(torch.autograd.Function):
         total = torch.zeros((), dtype=o.wide, device=hidden.device)
         gradient = torch.empty_like(hidden)
         chunks = [torch.split(t, o.chunk_tokens) for t in (hidden, o.targets, gradient)]
-        ops = operations(hidden.dtype, hidden.device)
         for h, t, g in zip(*chunks, strict=True):
             z = o.head.logits(h)
-            total += ops.cross_entropy_(z, t, o.label_smoothing).sum()
+            total += operations(z.dtype, z.device).cross_entropy_(z, t, o.label_smoothing).sum()
             torch.mm(z if o.head.scale == 1.0 else z.mul_(o.head.scale), weight, out=g)
         ctx.save_for_backward(gradient)
         return total

@@ -38,12 +38,13 @@ class Policy:
 
     kernels: KernelsName
     recompute: RecomputeName
+    operations: str
     lines: tuple[str, ...]
 
     @property
     def identity(self) -> dict[str, Any]:
         """What may change the last bits of a result."""
-        return {"kernels": self.kernels, "recompute": self.recompute}
+        return {"kernels": self.kernels, "recompute": self.recompute, "operations": self.operations}
 
 
 @contextmanager
@@ -68,15 +69,15 @@ def computing(
         device = next(model.parameters()).device
         lines = [f"threads: {torch.get_num_threads()}" if device.type == "cpu" else f"device: {device}"]
         chosen: KernelsName = "plain"
+        ops = operations(next(model.parameters()).dtype, device).name
         if kernels in ("auto", "block"):
             keep = {"none": "all", "mlp": "no-mlp", "layers": "input"}[recompute]
             count = stack.enter_context(fast_layers(model, keep=keep))  # type: ignore[arg-type]
             if count:
                 chosen = "block"
-                ops = operations(model.dtype, device).name  # type: ignore[arg-type]
                 lines.append(
-                    f"kernels: block ({count} layers have the Llama family's parts and agree with it on a "
-                    f"probe; between the products: {ops})"
+                    f"kernels: block (proved on a probe for {count} of {len(repeated_layers(model))} layers; "
+                    f"between the products: {ops})"
                 )
         if chosen == "plain":
             if recompute != "none":
@@ -94,7 +95,7 @@ def computing(
         if recompute != "none":
             what = "gate and up" if (recompute, chosen) == ("mlp", "block") else "each decoder layer"
             lines.append(f"recompute: {what}, again in the backward pass")
-        yield Policy(chosen, recompute, tuple(lines))
+        yield Policy(chosen, recompute, ops, tuple(lines))
 
 
 @contextmanager
