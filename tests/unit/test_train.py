@@ -24,6 +24,7 @@ from lorasmith.formats import read_adapter
 from lorasmith.inject import inject, lora_layers
 from lorasmith.lora import LoRAConfig
 from lorasmith.train import TrainConfig, default_lr, evaluate_loss, read_metrics, train
+from lorasmith.train.budget import Use
 from lorasmith.train.checkpoint import (
     Progress,
     checkpoint_parameters,
@@ -457,6 +458,27 @@ def test_full_fine_tuning_resumes_to_the_same_bits(tmp_path):
     assert run(tmp_path / "run", settings=settings, resume=True).resumed_from_step == 6
     name = "model/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_resumed_run_keeps_what_its_budget_settled(tmp_path, monkeypatch):
+    room = sys.modules["lorasmith.train.loop"]
+    settings = changed(budget_bytes=2**40, batch_tokens=512)
+
+    def fail(step: int) -> None:
+        if step == 7:
+            raise ZeroDivisionError
+
+    # The same process holds more or less memory at another time; then another choice would fit.
+    small = Use(0, {"none": 2**32, "mlp": 2**32, "layers": 1})
+    monkeypatch.setattr(room, "measure_use", lambda *_, **__: small)
+    run(tmp_path / "whole", settings=settings)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "run", settings=settings, on_step=fail)
+    chosen = json.loads((tmp_path / "run" / "run.json").read_text())["train"]
+    assert (chosen["recompute"], chosen["batch_tokens"]) == ("none", 256)
+    monkeypatch.setattr(room, "measure_use", lambda *_, **__: pytest.fail("measured again"))
+    assert run(tmp_path / "run", settings=settings, resume=True).resumed_from_step == 6
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
 CHILD = """

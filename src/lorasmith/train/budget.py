@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from lorasmith.errors import BudgetError
-from lorasmith.train.config import KernelsName, RecomputeName
+from lorasmith.train.config import KernelsName, RecomputeName, TrainConfig
 from lorasmith.train.loss import CHUNK_BYTES
 from lorasmith.train.policy import computing, repeated_layers
 
@@ -115,6 +116,35 @@ def measure_use(model: nn.Module, loss_of: Callable[[], Tensor], *, slots: int, 
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     held = psutil.Process().memory_info().rss + 3 * trained + CHUNK_BYTES  # gradients and two moments
     return Use(held, {name: round(size + working) for name, size in kept.items()})
+
+
+def settle(settings: TrainConfig, use: Callable[[], Use], *, longest: int) -> tuple[TrainConfig, Fit | None]:
+    """`recompute` and `batch_tokens` filled in by the budget; everything is kept where there is none.
+
+    Args:
+        use: measures the run; called only for a budget. longest: tokens of the longest row.
+
+    Raises:
+        BudgetError: as `fit`.
+    """
+    asked = settings.recompute
+    if settings.budget_bytes is None:
+        return replace(settings, recompute="none" if asked == "auto" else asked), None
+    measured = use()
+    if asked != "auto":
+        asked = asked if asked in measured.per_token_bytes else "layers"
+        measured = replace(measured, per_token_bytes={asked: measured.per_token_bytes[asked]})
+    found = fit(measured, settings.budget_bytes, batch_tokens=settings.batch_tokens, longest=longest)
+    return replace(settings, recompute=found.recompute, batch_tokens=found.batch_tokens), found
+
+
+def settled_before(settings: TrainConfig, run: Mapping[str, Any]) -> TrainConfig:
+    """The same choice as an earlier start of this run made, since memory in use differs from start to start.
+
+    Args:
+        run: contents of its `run.json`.
+    """
+    return replace(settings, **{name: run["train"][name] for name in ("recompute", "batch_tokens")})
 
 
 def _width(model: nn.Module) -> int:

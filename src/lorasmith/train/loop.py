@@ -8,7 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from lorasmith.errors import TrainingError
 from lorasmith.formats import write_adapter
 from lorasmith.inject import eject, extract, group_shared_inputs, inject, lora_layers, ungroup
 from lorasmith.lora import Adapter, LoRAConfig
+from lorasmith.train.announce import announce
 from lorasmith.train.batch import Batch, Layout, choose_layout
-from lorasmith.train.budget import Fit, fit, measure_use
+from lorasmith.train.budget import Use, measure_use, settle, settled_before
 from lorasmith.train.checkpoint import (
     Progress,
     checkpoint_parameters,
@@ -85,7 +87,7 @@ def train(
     is_new = not Path(out).exists()
     folder = prepare_folder(Path(out), resume)
     try:
-        run = _Run(loaded, config, settings, sets, folder, quiet=quiet)
+        run = Run(loaded, config, settings, sets, folder, quiet=quiet)
         with run.adapted_model():
             return run.go(resume=resume, started=started, on_step=on_step)
     finally:
@@ -93,7 +95,9 @@ def train(
             folder.rmdir()
 
 
-class _Run:
+class Run:
+    """One training run on one model, from settings to files."""
+
     def __init__(
         self, base: Base, config: LoRAConfig, settings: TrainConfig, sets: Sets, folder: Path, *, quiet: bool
     ) -> None:
@@ -103,15 +107,9 @@ class _Run:
         self.folder, self.quiet = folder, quiet
         self.model: nn.Module = base.model
         self.examples: list[Example] = sets.train.examples
-        plan = steps(
-            self.examples,
-            batch_size=settings.batch_size,
-            epochs=settings.epochs,
-            seed=settings.seed,
-            shuffle=settings.shuffle,
-        )
-        self.plan: Steps = plan
-        self.total = min(len(plan), settings.max_steps or len(plan))
+        order = {name: getattr(settings, name) for name in ("batch_size", "epochs", "seed", "shuffle")}
+        self.plan: Steps = steps(self.examples, **order)
+        self.total = min(len(self.plan), settings.max_steps or len(self.plan))
         self.eval_every = settings.eval_every or max(1, math.ceil(self.total / 5))
         self.save_every = settings.save_every or max(1, math.ceil(self.total / 10))
         self.losses: deque[float] = deque(maxlen=max(1, self.total // 10))
@@ -145,6 +143,7 @@ class _Run:
             layer.training = True
 
     def go(self, *, resume: bool, started: float, on_step: Callable[[int], None] | None) -> TrainResult:
+        """From the adapted model to the files in `out`."""
         torch.manual_seed(self.settings.seed)
         self.forward = Forward(self.model, label_smoothing=self.settings.label_smoothing)
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -152,7 +151,7 @@ class _Run:
         self.layout = self._choose_layout()
         if self.settings.method == "lora":
             group_shared_inputs(self.model, self.forward.probe)
-        self._fit_budget()
+        self._settle(resume=resume)
         with computing(
             self.model,
             kernels=self.settings.kernels,
@@ -169,7 +168,7 @@ class _Run:
         self._write_run_file()
         metrics = Metrics(self.folder / "metrics.jsonl", resumed_step=self.progress.step)
         with Show(self.total, start=self.progress.step, quiet=self.quiet) as show, Signals() as signals:
-            self._announce(show)
+            announce(self, show)
             try:
                 self._steps(show, metrics, signals, on_step)
             finally:
@@ -207,22 +206,21 @@ class _Run:
         self.forward.loss_sum(self._first_batches()[0]).backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _fit_budget(self) -> None:
-        """Settle `recompute` and `batch_tokens` by the budget; keep everything where there is none."""
-        s = self.settings
-        self.fit: Fit | None = None
-        if s.budget_bytes is None:
-            self.settings = replace(s, recompute="none" if s.recompute == "auto" else s.recompute)
+    def _settle(self, *, resume: bool) -> None:
+        """What is recomputed, and how much is computed at once."""
+        before = self.folder / "run.json"
+        if resume and self.settings.budget_bytes is not None and before.is_file():
+            self.settings, self.fit = settled_before(self.settings, json.loads(before.read_text())), None
             return
-        rows = Layout(self.layout.packing, "").batches(self.examples, self.plan[0], batch_tokens=1)
-        use = measure_use(
-            self.model, lambda: self.forward.loss_sum(rows[0]), slots=rows[0].slots, kernels=s.kernels
-        )
-        if s.recompute != "auto":
-            use = replace(use, per_token_bytes={s.recompute: use.per_token_bytes[s.recompute]})
+        (probe, *_) = rows = self.layout.batches(self.examples, self.plan[0], batch_tokens=1)
+
+        def use() -> Use:
+            kernels = self.settings.kernels
+            loss_of = partial(self.forward.loss_sum, probe)
+            return measure_use(self.model, loss_of, slots=probe.slots, kernels=kernels)
+
         longest = max(self.sets.train.stats.longest, *(row.slots for row in rows))
-        self.fit = fit(use, s.budget_bytes, batch_tokens=s.batch_tokens, longest=longest)
-        self.settings = replace(s, recompute=self.fit.recompute, batch_tokens=self.fit.batch_tokens)
+        self.settings, self.fit = settle(self.settings, use, longest=longest)
 
     def _identity(self) -> dict[str, Any]:
         settings = self.settings.to_dict()
@@ -266,35 +264,6 @@ class _Run:
             "commit": commit(),
         }
         write_atomically(self.folder / "run.json", json.dumps(record, indent=2) + "\n")
-
-    def _announce(self, show: Show) -> None:
-        stats = self.sets.train.stats
-        show.say(
-            f"data: {stats.examples} examples, {stats.tokens:,} tokens, {stats.supervised_tokens:,} carry loss"
-            + (f"; {stats.truncated_examples} prompts cut on the left" if stats.truncated_examples else "")
-        )
-        for line in self.sets.problems[:5]:
-            show.say(f"  left out or odd – {line}")
-        if len(self.sets.problems) > 5:
-            show.say(f"  … and {len(self.sets.problems) - 5} more: `lorasmith data check` lists them")
-        if self.report is not None:
-            show.say(str(self.report))
-        show.say(f"packing: {self.layout.packing} ({self.layout.reason})")
-        for line in self.policy.lines:
-            show.say(line)
-        if self.fit is not None:
-            show.say(
-                f"budget: recompute {self.fit.recompute}, {self.fit.batch_tokens:,} tokens at once; "
-                f"predicted peak {self.fit.peak_bytes / 2**30:.2f} GiB"
-            )
-        show.say(
-            f"{self.total} steps of {self.settings.batch_size} sequences, peak learning rate {self.settings.lr:.2g}, "
-            f"base in {self.base.dtype_reason}"
-        )
-        for name, reason in self.asked.reasons(width=self.width).items():
-            show.say(f"  {name} {getattr(self.settings, name)}: {reason}")
-        if self.progress.step:
-            show.say(f"resuming after step {self.progress.step}")
 
     def _steps(
         self, show: Show, metrics: Metrics, signals: Signals, on_step: Callable[[int], None] | None

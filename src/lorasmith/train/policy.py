@@ -92,8 +92,12 @@ def computing(
             )
             chosen = "inductor" if said == "" else "plain"
             lines.append(f"kernels: {chosen}" + (f" ({said})" if said else " (each decoder layer compiled)"))
+        others = len(repeated_layers(model)) - count if chosen == "block" else 0
+        if others > 0 and device.type == "cpu" and stack.enter_context(attention(model, causal_attention)):
+            lines.append(f"attention of the {others} other layers: by tiles")
         if recompute != "none":
             what = "gate and up" if (recompute, chosen) == ("mlp", "block") else "each decoder layer"
+            what += f" of the block's, the {others} other layers keep everything" if others > 0 else ""
             lines.append(f"recompute: {what}, again in the backward pass")
         yield Policy(chosen, recompute, ops, tuple(lines))
 
