@@ -9,26 +9,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from lorasmith.bases import load_base
-from lorasmith.cli.app import app
 from lorasmith.formats import read_adapter, write_adapter
 from lorasmith.inject import eject, extract, inject
 from lorasmith.lora import LoRAConfig
 from tests.support.base import write_tiny_base
+from tests.support.cli import answer, run
 from tests.support.models import randomise
 from tests.support.tolerance import close
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def answer(*arguments: object) -> dict:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output + result.stderr
-    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
