@@ -17,6 +17,7 @@ from lorasmith.bases.load import (
     match_base,
     pick_dtype,
     require_base,
+    write_base,
 )
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "pick_dtype",
     "read_headers",
     "require_base",
+    "write_base",
 ]
