@@ -59,8 +59,9 @@ def export(
         plain, provenance=source.provenance | derived_from("export", {str(adapter): source}, {"to": to})
     )
     verdicts, note = _write(ready, to, out, directory)
+    files = sorted(str(file) for file in out.iterdir())
     result = {
-        "files": sorted(str(file) for file in out.iterdir()),
+        "files": files,
         "verdicts": {name: asdict(verdict) for name, verdict in verdicts.items()},
         "scaling": note, "dora_residual": residual, "out": str(out),
     }  # fmt: skip
@@ -71,7 +72,7 @@ def export(
         print(
             f"DoRA as plain LoRA: {residual:.2%} of what it adds to the weights is left out; --rank takes more"
         )
-    print(f"{out}: {', '.join(Path(file).name for file in result['files'])}; {note}")
+    print(f"{out}: {', '.join(Path(file).name for file in files)}; {note}")
     print(described((name, ("yes  " if v.ok else "no   ") + v.reason) for name, v in verdicts.items()))
 
 
