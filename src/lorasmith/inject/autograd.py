@@ -66,9 +66,7 @@ class Segmented:
         return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def lora_linears(
-    x: Tensor, spec: Spec | Segmented, tensors: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
+def lora_linears(x: Tensor, spec: Spec | Segmented, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Outputs of every layer of the group.
 
     Args:

@@ -111,7 +111,9 @@ def linear_parts(layers: Sequence[nn.Module]) -> tuple[Spec | Segmented, list[Te
 
     A dropout seed is drawn where an adapted layer is in training mode.
     """
-    if (bank := next((layer.lora_bank for layer in layers if isinstance(layer, BankLayer)), None)) is not None:
+    if (
+        bank := next((layer.lora_bank for layer in layers if isinstance(layer, BankLayer)), None)
+    ) is not None:
         return bank_parts(bank, layers)
     adapted = [layer for layer in layers if isinstance(layer, LoRALayer)]
     dropout = adapted[0].lora_dropout if adapted and adapted[0].training else 0.0
