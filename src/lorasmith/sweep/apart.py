@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorasmith.inject import Bank, Tenant
 from lorasmith.train import Forward
@@ -14,28 +14,27 @@ PROBE_SLOTS = 6
 
 
 @torch.no_grad()
-def rows_stay_apart(forward: Forward, tenant: Tenant, model: nn.Module) -> bool:
+def rows_stay_apart(forward: Forward, bank: Bank, tenant: Tenant) -> bool:
     """Whether a row under an adapter and a row under none get what each gets alone.
+
+    Args:
+        bank: attached to the model. tenant: any of its adapters, for its targets.
 
     A mixture of experts, say, sorts tokens by expert, so an expert no longer knows whose rows it sees.
     """
     generator = torch.Generator().manual_seed(0)
 
     def noisy(B: Tensor) -> Tensor:
-        return torch.randn(B.shape, generator=generator).to(B.device, B.dtype) / B.shape[1] ** 0.5
+        noise: Tensor = torch.randn(B.shape, generator=generator)
+        return torch.empty_like(B).copy_(noise / B.shape[1] ** 0.5)
 
-    loud = replace(
-        tenant, dropout=0.0, factors={p: replace(f, B=noisy(f.B)) for p, f in tenant.factors.items()}
-    )
-    layers = {m for m in model.modules() if hasattr(m, "lora_bank")}
-    bank = Bank({"loud": loud, "none": Tenant({})})
-    owner = next(iter(layers)).lora_bank
-    before, owner.tenants = owner.tenants, bank.tenants
+    loud = {path: replace(f, B=noisy(f.B)) for path, f in tenant.factors.items()}
+    before, bank.tenants = bank.tenants, {"loud": Tenant(loud), "none": Tenant({})}
     ids = torch.arange(2 * PROBE_SLOTS, device=forward.device).view(2, -1) * 3 + 1
 
     def logits(rows: Tensor, *segments: tuple[str, int]) -> Tensor:
-        with owner.rows(*segments, training=False):
-            found: Tensor = model(input_ids=rows, use_cache=False).logits
+        with bank.rows(*segments, training=False):
+            found: Tensor = forward.model(input_ids=rows, use_cache=False).logits
         return found.float()
 
     try:
@@ -44,6 +43,6 @@ def rows_stay_apart(forward: Forward, tenant: Tenant, model: nn.Module) -> bool:
     except RuntimeError:
         return False
     finally:
-        owner.tenants = before
+        bank.tenants = before
     # kernels round differently by shape; an adapter on the wrong rows changes far more than this
     return bool((together - alone).abs().max() <= 0.05 * alone.abs().max())

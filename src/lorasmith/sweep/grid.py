@@ -19,6 +19,7 @@ LORA_KEYS = (
     "rank", "alpha", "targets", "exclude", "layers", "rslora", "init", "dropout",
 )  # fmt: skip
 TRAIN_KEYS = tuple(f.name for f in fields(TrainConfig) if f.name not in (*SHARED, "betas", "eval_every"))
+FLOATS = ("alpha", "dropout", "lr", "warmup", "weight_decay", "clip", "label_smoothing")
 KEYS = (*LORA_KEYS, *TRAIN_KEYS, "data")
 
 
@@ -89,18 +90,18 @@ def points(
     Raises:
         ConfigError: a combination is no valid configuration; all that are not are named.
     """
-    made, faults = [], []
+    made: list[Point] = []
+    faults: dict[str, list[str]] = {}
     for values in itertools.product(*grid.values()):
         varied = dict(zip(grid, values, strict=True))
         name = ",".join(f"{key}={_shown(value)}" for key, value in varied.items())
         try:
             made.append(_point(name, varied, lora or {}, train or {}))
         except ConfigError as error:
-            faults.append(f"{name}: {str(error).replace(chr(10), ' ')}")
+            faults.setdefault(str(error), []).append(name)
     if faults:
-        raise ConfigError(
-            "The grid holds runs that cannot be; nothing was started:\n  " + "\n  ".join(faults)
-        )
+        lines = [f"{text}\n  in {', '.join(names)}" for text, names in faults.items()]
+        raise ConfigError("The grid holds runs that cannot be; nothing was started.\n" + "\n".join(lines))
     if len({p.name for p in made}) < len(made):
         raise ConfigError("Two runs of the grid would get the same name; give their data files other names.")
     return made
@@ -142,7 +143,7 @@ def _value(key: str, text: str) -> Any:
         return text
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for kind in (int, float):
+    for kind in (float,) if key in FLOATS else (int, float):
         try:
             return kind(text)
         except ValueError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,9 +176,9 @@ class Sweep:
         settings = self.members[0].settings
         with ExitStack() as stack:
             self.model.eval()
-            stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
+            stack.callback(_set_modes, modes)
             stack.enter_context(self.bank.attached(self.model))
-            self.is_joint = rows_stay_apart(self.forward, self.members[0].tenant, self.model)
+            self.is_joint = rows_stay_apart(self.forward, self.bank, self.members[0].tenant)
             self.policy = stack.enter_context(
                 computing(
                     self.model,
@@ -211,7 +211,8 @@ class Sweep:
     def _rounds(self, table: Table, signals: Signals, on_round: Callable[[int], None] | None) -> None:
         if self.round == 0:
             self._evaluate_base()
-        self._halve(table)  # a kill may have come between a rung's checkpoints and its decision
+        self._end_complete()  # a kill may have come between the checkpoints of a round and what follows them
+        self._halve(table)
         while self.alive and not signals.received:
             self._step(table)
             self.round += 1
@@ -269,6 +270,9 @@ class Sweep:
             table.say_evaluation(due)
         if any(is_better) or is_rung or any(m.must_save() for m in self.alive):
             self._save()
+        self._end_complete()
+
+    def _end_complete(self) -> None:
         for member in [m for m in self.alive if m.progress.step == m.total]:
             self._end(member, "done")
 
@@ -335,3 +339,8 @@ class Sweep:
         )
         write_result(self.folder, self.plan, result.to_dict())
         return result
+
+
+def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    for module, mode in modes.items():
+        module.training = mode

@@ -40,12 +40,13 @@ class Forward:
         batch = batch.to(self.device)
         kwargs = self._mask_arguments(batch)
         counts = [count for count, _ in shares]
+        targets = torch.split(batch.targets, counts)
         if self.parts is None:
             logits = self.model(input_ids=batch.input_ids, use_cache=False, **kwargs).logits.flatten(0, 1)
-            pairs = zip(batch.sources.split(counts), batch.targets.split(counts), shares, strict=True)
+            pairs = zip(torch.split(batch.sources, counts), targets, shares, strict=True)
             return [full_logits_loss(logits, rows, t, label_smoothing=s) for rows, t, (_, s) in pairs]
         hidden = self.parts.body(batch.input_ids, **kwargs).flatten(0, 1).index_select(0, batch.sources)
-        pairs = zip(hidden.split(counts), batch.targets.split(counts), shares, strict=True)
+        pairs = zip(torch.split(hidden, counts), targets, shares, strict=True)
         return [
             cross_entropy(h, t, self.parts.head, label_smoothing=s, chunk_tokens=self.chunk_tokens)
             for h, t, (_, s) in pairs
