@@ -23,6 +23,7 @@ from lorasmith.cli import (
     quickstart,
     serve,
     store,
+    sweep,
     train,
 )
 from lorasmith.errors import LoraSmithError
@@ -50,6 +51,7 @@ app = typer.Typer(
 )
 app.command("quickstart")(quickstart.quickstart)
 app.command("train")(train.train)
+app.command("sweep")(sweep.sweep)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("check")(check.check)

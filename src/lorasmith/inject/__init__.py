@@ -7,7 +7,8 @@ May import: lora, errors.
 """
 
 from lorasmith.inject.attach import carries_any, check_fit, eject, extract, inject, lora_layers
-from lorasmith.inject.autograd import Spec, linear_gradients, linear_outputs
+from lorasmith.inject.autograd import Segmented, Spec, linear_gradients, linear_outputs
+from lorasmith.inject.bank import Bank, Tenant, can_join
 from lorasmith.inject.folding import base_matrices
 from lorasmith.inject.groups import group_shared_inputs, ungroup
 from lorasmith.inject.layer import LoRALayer, is_plain_linear, linear_parts
@@ -17,11 +18,15 @@ from lorasmith.inject.report import InjectReport
 from lorasmith.inject.targets import resolve_targets
 
 __all__ = [
+    "Bank",
     "InjectReport",
     "Keep",
     "LoRALayer",
+    "Segmented",
     "Spec",
+    "Tenant",
     "base_matrices",
+    "can_join",
     "carries_any",
     "check_fit",
     "eject",

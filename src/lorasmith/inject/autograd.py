@@ -7,6 +7,9 @@ A layer without factors (A and B are None) is a plain one: no second term.
 Saved for backward: x itself (no copy, no cast) and u = xd @ [A_1; A_2; …]ᵀ, which is Σ rank wide.
 That is tokens · Σ rank · itemsize bytes on top of x, which the base's own backward would not
 keep, since its weights are frozen.
+
+Rows of many adapters (`Segmented`): the base's products run over all rows at once, everything of low
+rank over each segment alone, by the very calls that its adapter would make alone.
 """
 
 from __future__ import annotations
@@ -41,13 +44,36 @@ class Spec:
     seed: int = 0
 
 
-def lora_linears(x: Tensor, spec: Spec, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+@dataclass(frozen=True)
+class Segmented:
+    """Layers of one group under many adapters, each with contiguous rows of its own.
+
+    The tensors of a segmented computation are those of each segment in turn, so W and b come again with
+    every segment. They never train here.
+
+    Attributes:
+        specs: of each segment; they agree in `transposed`.
+        rows: rows of each segment, in order; together all rows of the batch, or those that it divides into.
+    """
+
+    specs: tuple[Spec, ...]
+    rows: tuple[int, ...]
+
+    def slices(self, tokens: int) -> list[slice]:
+        """Which of `tokens` flat slots belong to each segment."""
+        slots = tokens // sum(self.rows)
+        ends = list(accumulate(rows * slots for rows in self.rows))
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def lora_linears(x: Tensor, spec: Spec | Segmented, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Outputs of every layer of the group.
 
     Args:
         x: (…, in_features).
         tensors: W, b or None, A and B (or None, None) of each layer in turn. A and B may be wider than x
-            (float32 masters over bfloat16): the product is formed in x's dtype.
+            (float32 masters over bfloat16): the product is formed in x's dtype. If segmented, so for
+            each segment in turn.
     """
     if torch.is_grad_enabled():
         return LoRALinears.apply(x, spec, *tensors)  # type: ignore[no-untyped-call, no-any-return]
@@ -58,7 +84,7 @@ class LoRALinears(torch.autograd.Function):
     """Autograd node of `lora_linears`."""
 
     @staticmethod
-    def forward(x: Tensor, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, spec: Spec | Segmented, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """Outputs of each layer, then u, which only backward uses."""
         outputs, u = linear_outputs(x, spec, tensors)
         return (*outputs, u)
@@ -83,29 +109,19 @@ class LoRALinears(torch.autograd.Function):
 
 
 def linear_outputs(
-    x: Tensor, spec: Spec, tensors: Sequence[Tensor | None]
+    x: Tensor, spec: Spec | Segmented, tensors: Sequence[Tensor | None]
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Outputs of each layer, and u (tokens, Σ rank)."""
-    layers = _layers(tensors)
-    flat = x.reshape(-1, x.shape[-1])
-    stacked = _stacked_A(layers, x.dtype)
-    xd = flat * dropout_mask(flat, spec) if spec.dropout and stacked is not None else flat
-    u = flat.new_empty(len(flat), 0) if stacked is None else xd @ stacked.T
-    outputs = []
-    for layer, columns, scaling, transposed in zip(
-        layers, _columns(layers), spec.scalings, spec.transposed, strict=True
-    ):
-        y = base_linear(x, layer.W, layer.b, transposed=transposed)
-        if layer.B is not None:
-            y.view(-1, y.shape[-1]).addmm_(u[:, columns], (layer.B.to(x.dtype) * scaling).T)
-        outputs.append(y)
-    return tuple(outputs), u
+    """Outputs of each layer, and u: (tokens, Σ rank), or if segmented those of each segment end to end."""
+    segments = _segments(spec, tensors, x)
+    outputs = _base_outputs(x, segments[0])
+    us = [_add_low_rank(x.reshape(-1, x.shape[-1])[s.where], s, outputs) for s in segments]
+    return outputs, us[0] if isinstance(spec, Spec) else torch.cat([u.flatten() for u in us])
 
 
 def linear_gradients(
     x: Tensor,
     u: Tensor,
-    spec: Spec,
+    spec: Spec | Segmented,
     tensors: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
     *,
@@ -117,22 +133,75 @@ def linear_gradients(
     Args:
         needs: for each of `tensors`, whether its gradient is wanted.
     """
-    layers = _layers(tensors)
+    segments = _segments(spec, tensors, x)
     flat = x.reshape(-1, x.shape[-1])
-    mask = dropout_mask(flat, spec) if spec.dropout and u.shape[1] else None
+    flat_grads = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
+    dx = _base_input_gradient(flat_grads, segments[0]) if needs_x else None
+    results: list[Tensor | None] = []
+    start = 0
+    for segment in segments:
+        where, width = segment.where, sum(c.stop - c.start for c in segment.columns)
+        rows = len(flat[where])
+        own_u = u if isinstance(spec, Spec) else u[start : start + rows * width].view(rows, width)
+        start += rows * width
+        results += _segment_gradients(
+            flat[where],
+            own_u,
+            segment,
+            [None if g is None else g[where] for g in flat_grads],
+            dx=None if dx is None else dx[where],
+            needs=needs[len(results) :],
+        )
+    return None if dx is None else dx.view(x.shape), results
+
+
+def _base_outputs(x: Tensor, segment: _Segment) -> tuple[Tensor, ...]:
+    pairs = zip(segment.layers, segment.spec.transposed, strict=True)
+    return tuple(base_linear(x, layer.W, layer.b, transposed=transposed) for layer, transposed in pairs)
+
+
+def _add_low_rank(flat: Tensor, segment: _Segment, outputs: Sequence[Tensor]) -> Tensor:
+    """Add the second term to the segment's part of the outputs; returns u."""
+    spec, layers = segment.spec, segment.layers
+    stacked = _stacked_A(layers, flat.dtype)
+    xd = flat * dropout_mask(flat, spec) if spec.dropout and stacked is not None else flat
+    u = flat.new_empty(len(flat), 0) if stacked is None else xd @ stacked.T
+    for layer, columns, scaling, y in zip(layers, segment.columns, spec.scalings, outputs, strict=True):
+        if layer.B is not None:
+            own = y.view(-1, y.shape[-1])[segment.where]
+            own.addmm_(u[:, columns], (layer.B.to(flat.dtype) * scaling).T)
+    return u
+
+
+def _base_input_gradient(grads: Sequence[Tensor | None], segment: _Segment) -> Tensor | None:
     dx: Tensor | None = None
+    for layer, transposed, g in zip(segment.layers, segment.spec.transposed, grads, strict=True):
+        if g is not None:
+            out_by_in = layer.W.T if transposed else layer.W
+            dx = g @ out_by_in if dx is None else dx.addmm_(g, out_by_in)
+    return dx
+
+
+def _segment_gradients(
+    flat: Tensor,
+    u: Tensor,
+    segment: _Segment,
+    grads: Sequence[Tensor | None],
+    *,
+    dx: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the segment's tensors; `dx` gains the second term's part in place."""
+    spec, layers = segment.spec, segment.layers
+    mask = dropout_mask(flat, spec) if spec.dropout and u.shape[1] else None
     du = torch.zeros_like(u) if any(g is None for g in grads) else torch.empty_like(u)
     results: list[Tensor | None] = []
-    for i, (layer, columns, grad) in enumerate(zip(layers, _columns(layers), grads, strict=True)):
-        if grad is None:
+    for i, (layer, columns, g) in enumerate(zip(layers, segment.columns, grads, strict=True)):
+        if g is None:
             results += [None] * PARTS
             continue
-        W, b, _, B = layer
+        _, b, _, B = layer
         needs_W, needs_b, _, needs_B = needs[PARTS * i : PARTS * (i + 1)]
-        g = grad.reshape(-1, grad.shape[-1])
-        if needs_x:
-            out_by_in = W.T if spec.transposed[i] else W
-            dx = g @ out_by_in if dx is None else dx.addmm_(g, out_by_in)
         dW = (flat.T @ g if spec.transposed[i] else g.T @ flat) if needs_W else None
         db = g.sum(0, dtype=b.dtype) if needs_b and b is not None else None
         dB = None
@@ -141,12 +210,10 @@ def linear_gradients(
             dB = (g.T @ u[:, columns]).to(B.dtype).mul_(spec.scalings[i]) if needs_B else None
         results += [dW, db, None, dB]
     _add_low_rank_gradients(flat, du, mask, layers, results, needs)
-    if dx is not None:
-        stacked = _stacked_A(layers, du.dtype)
-        if stacked is not None:
-            dx = dx.addmm_(du, stacked) if mask is None else dx.add_((du @ stacked).mul_(mask))
-        dx = dx.view(x.shape)
-    return dx, results
+    stacked = None if dx is None else _stacked_A(layers, du.dtype)
+    if dx is not None and stacked is not None:
+        _ = dx.addmm_(du, stacked) if mask is None else dx.add_((du @ stacked).mul_(mask))
+    return results
 
 
 def _add_low_rank_gradients(
@@ -186,6 +253,28 @@ class _Layer(NamedTuple):
     b: Tensor | None
     A: Tensor | None
     B: Tensor | None
+
+
+class _Segment(NamedTuple):
+    """Tokens that one adapter computes for, and with what."""
+
+    where: slice
+    spec: Spec
+    layers: list[_Layer]
+    columns: list[slice]
+
+
+def _segments(spec: Spec | Segmented, tensors: Sequence[Tensor | None], x: Tensor) -> list[_Segment]:
+    if isinstance(spec, Spec):
+        layers = _layers(tensors)
+        return [_Segment(slice(None), spec, layers, _columns(layers))]
+    each = len(tensors) // len(spec.specs)
+    slices = spec.slices(x.numel() // x.shape[-1])
+    found = []
+    for i, (where, own) in enumerate(zip(slices, spec.specs, strict=True)):
+        layers = _layers(tensors[i * each : (i + 1) * each])
+        found.append(_Segment(where, own, layers, _columns(layers)))
+    return found
 
 
 def _layers(tensors: Sequence[Tensor | None]) -> list[_Layer]:

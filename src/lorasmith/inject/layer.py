@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.inject.autograd import PARTS, Spec, lora_linears
+from lorasmith.inject.autograd import PARTS, Segmented, Spec, lora_linears
+from lorasmith.inject.bank import BankLayer, bank_parts
 from lorasmith.inject.kinds import AdaptedLayer, LayerShape, is_conv1d, layer_shape, own_class
 from lorasmith.lora import Factors, compute_dtype
 
@@ -98,16 +99,22 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether `module` computes x @ Wᵀ + b, plus scaling · B(A(dropout(x))) if it is adapted, and nothing else."""
     if not isinstance(module, AdaptedLayer):
         return type(module) is nn.Linear
+    if isinstance(module, BankLayer):
+        return own_class(type(module)) is nn.Linear
     is_alone = type(module).__bases__ == (LoRALayer, own_class(type(module)))
     is_plain = isinstance(module, LoRALayer) and module.lora_is_active and module.lora_is_plain
     return is_alone and is_plain and isinstance(module, nn.Linear)
 
 
-def linear_parts(layers: Sequence[nn.Module]) -> tuple[Spec, list[Tensor | None]]:
+def linear_parts(layers: Sequence[nn.Module]) -> tuple[Spec | Segmented, list[Tensor | None]]:
     """What `lora_linears` needs of layers that share an input; a plain linear layer has no factors.
 
     A dropout seed is drawn where an adapted layer is in training mode.
     """
+    if (
+        bank := next((layer.lora_bank for layer in layers if isinstance(layer, BankLayer)), None)
+    ) is not None:
+        return bank_parts(bank, layers)
     adapted = [layer for layer in layers if isinstance(layer, LoRALayer)]
     dropout = adapted[0].lora_dropout if adapted and adapted[0].training else 0.0
     spec = Spec(

@@ -3,25 +3,37 @@
 May import: inject, lora, formats, data, bases, planning, native, errors.
 """
 
+from lorasmith.train.batch import collate
+from lorasmith.train.checkpoint import Progress
 from lorasmith.train.config import TrainConfig, default_lr
 from lorasmith.train.evaluate import EvalLoss, evaluate_loss
 from lorasmith.train.forward import Forward
-from lorasmith.train.loop import train
+from lorasmith.train.loop import Run, train
 from lorasmith.train.loss import Head, cross_entropy
-from lorasmith.train.outputs import commit, plot_loss, read_metrics, versions, write_atomically
+from lorasmith.train.outputs import Metrics, commit, plot_loss, read_metrics, versions, write_atomically
 from lorasmith.train.parts import Parts, split_model
+from lorasmith.train.policy import computing
 from lorasmith.train.result import TrainResult
+from lorasmith.train.sets import Sets
 from lorasmith.train.show import Show, peak_rss_bytes
+from lorasmith.train.signals import Signals
 
 __all__ = [
     "EvalLoss",
     "Forward",
     "Head",
+    "Metrics",
     "Parts",
+    "Progress",
+    "Run",
+    "Sets",
     "Show",
+    "Signals",
     "TrainConfig",
     "TrainResult",
+    "collate",
     "commit",
+    "computing",
     "cross_entropy",
     "default_lr",
     "evaluate_loss",

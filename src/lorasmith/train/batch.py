@@ -57,6 +57,12 @@ class Layout:
         self, examples: Sequence[Example], indices: Sequence[int], *, batch_tokens: int
     ) -> list[Batch]:
         """Forward passes of at most about `batch_tokens` slots that together make one optimizer step."""
+        return [collate(group) for group in self.groups(examples, indices, batch_tokens=batch_tokens)]
+
+    def groups(
+        self, examples: Sequence[Example], indices: Sequence[int], *, batch_tokens: int
+    ) -> list[list[Row]]:
+        """The rows of each of those passes."""
         rows = self._rows(examples, indices)
         groups: list[list[Row]] = []
         for row in rows:
@@ -64,7 +70,7 @@ class Layout:
                 groups[-1].append(row)
             else:
                 groups.append([row])
-        return [collate(group) for group in groups]
+        return groups
 
     def _rows(self, examples: Sequence[Example], indices: Sequence[int]) -> list[Row]:
         if self.packing in ("plain", "tree"):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorasmith.inject import Spec, linear_gradients, linear_outputs, linear_parts
+from lorasmith.inject import Segmented, Spec, linear_gradients, linear_outputs, linear_parts
 from lorasmith.train.attention import attend, attend_backward
 from lorasmith.train.elementwise import Operations
 
@@ -36,7 +36,7 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 class Plan:
     """What one layer computes, besides its tensors."""
 
-    specs: tuple[Spec, ...]
+    specs: tuple[Spec | Segmented, ...]
     sizes: tuple[int, ...]  # tensors of each group
     head_dim: int
     scale: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,21 +29,28 @@ class Forward:
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Σ over the batch's supervised tokens of their losses, in nats."""
+        return self.loss_sums(batch, [(len(batch.targets), self.label_smoothing)])[0]
+
+    def loss_sums(self, batch: Batch, shares: Sequence[tuple[int, float]]) -> list[Tensor]:
+        """The same for each share of the supervised tokens, in order.
+
+        Args:
+            shares: number of tokens, and label smoothing, of each.
+        """
         batch = batch.to(self.device)
         kwargs = self._mask_arguments(batch)
+        counts = [count for count, _ in shares]
+        targets = torch.split(batch.targets, counts)
         if self.parts is None:
             logits = self.model(input_ids=batch.input_ids, use_cache=False, **kwargs).logits.flatten(0, 1)
-            return full_logits_loss(
-                logits, batch.sources, batch.targets, label_smoothing=self.label_smoothing
-            )
-        hidden = self.parts.body(batch.input_ids, **kwargs).flatten(0, 1)
-        return cross_entropy(
-            hidden.index_select(0, batch.sources),
-            batch.targets,
-            self.parts.head,
-            label_smoothing=self.label_smoothing,
-            chunk_tokens=self.chunk_tokens,
-        )
+            pairs = zip(torch.split(batch.sources, counts), targets, shares, strict=True)
+            return [full_logits_loss(logits, rows, t, label_smoothing=s) for rows, t, (_, s) in pairs]
+        hidden = self.parts.body(batch.input_ids, **kwargs).flatten(0, 1).index_select(0, batch.sources)
+        pairs = zip(torch.split(hidden, counts), targets, shares, strict=True)
+        return [
+            cross_entropy(h, t, self.parts.head, label_smoothing=s, chunk_tokens=self.chunk_tokens)
+            for h, t, (_, s) in pairs
+        ]
 
     def probe(self) -> None:
         """One forward pass on a few tokens, for those who watch the layers."""

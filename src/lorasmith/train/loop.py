@@ -241,6 +241,9 @@ class Run:
         path = latest_checkpoint(self.folder / "checkpoints")
         if path is None:
             return Progress(identity=self._identity())
+        return self._load(path)
+
+    def _load(self, path: Path) -> Progress:
         progress = load_checkpoint(path, self._identity(), self.parameters, self.optimizer)
         rows = read_metrics(self.folder / "metrics.jsonl")
         self.losses.extend(row["loss"] for row in rows if "loss" in row and row["step"] <= progress.step)
@@ -276,21 +279,7 @@ class Run:
             indices = self.plan[p.step]
             lr = self.settings.lr_at(p.step, self.total)
             loss, norm = self._step(indices, lr)
-            seconds = time.monotonic() - started
-            tokens = sum(len(self.examples[i]) for i in indices)
-            p.step, p.tokens, p.train_s = p.step + 1, p.tokens + tokens, p.train_s + seconds
-            p.supervised_tokens += sum(int(self.examples[i].supervised.sum()) for i in indices)
-            self.losses.append(loss)
-            metrics.add(
-                step=p.step,
-                loss=loss,
-                lr=lr,
-                grad_norm=norm,
-                tokens=tokens,
-                tokens_per_s=tokens / seconds,
-                step_s=seconds,
-                peak_rss_bytes=peak_rss_bytes(),
-            )
+            self._record(metrics, indices, loss, norm, lr, time.monotonic() - started)
             show.step(p.step, loss=sum(self.losses) / len(self.losses), rate=p.tokens / p.train_s)
             self._evaluate_and_save(show, metrics)
             if on_step is not None:
@@ -301,6 +290,26 @@ class Run:
                 f"stopped after step {p.step} of {self.total}; the checkpoint is saved, go on with --resume"
             )
 
+    def _record(
+        self, metrics: Metrics, indices: Sequence[int], loss: float, norm: float, lr: float, seconds: float
+    ) -> None:
+        """Count a step that was made."""
+        p = self.progress
+        tokens = sum(len(self.examples[i]) for i in indices)
+        p.step, p.tokens, p.train_s = p.step + 1, p.tokens + tokens, p.train_s + seconds
+        p.supervised_tokens += sum(int(self.examples[i].supervised.sum()) for i in indices)
+        self.losses.append(loss)
+        metrics.add(
+            step=p.step,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens=tokens,
+            tokens_per_s=tokens / seconds,
+            step_s=seconds,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
     def _step(self, indices: Sequence[int], lr: float) -> tuple[float, float]:
         """One optimizer step; the parameters change only if loss and gradient are finite."""
         batches = self.layout.batches(self.examples, indices, batch_tokens=self.settings.batch_tokens)
@@ -310,7 +319,10 @@ class Run:
             loss = self.forward.loss_sum(batch)
             (loss / supervised).backward()  # type: ignore[no-untyped-call]
             total += loss.detach().double().cpu()
-        mean = total.item() / supervised
+        return self._update(total.item() / supervised, lr)
+
+    def _update(self, mean: float, lr: float) -> tuple[float, float]:
+        """Clip and apply the gradients of a step whose mean loss is known."""
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip))
         if not (math.isfinite(mean) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -340,15 +352,20 @@ class Run:
         p = self.progress
         is_best = False
         if self.sets.evaluation is not None and (p.step % self.eval_every == 0 or p.step == self.total):
-            loss = self._evaluate()
-            metrics.add(step=p.step, eval_loss=loss)
+            is_best = self._judge(loss := self._evaluate(), metrics)
             show.say(f"step {p.step}: evaluation loss {loss:.4f}")
-            is_best = p.best_loss is None or loss < p.best_loss
-            if is_best:
-                p.best_step, p.best_loss = p.step, loss
-                self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
         if is_best or p.step % self.save_every == 0:
             self._save()
+
+    def _judge(self, loss: float, metrics: Metrics) -> bool:
+        """Note an evaluation loss; whether it is the lowest so far, whose parameters are then kept."""
+        p = self.progress
+        metrics.add(step=p.step, eval_loss=loss)
+        is_best = p.best_loss is None or loss < p.best_loss
+        if is_best:
+            p.best_step, p.best_loss = p.step, loss
+            self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
+        return is_best
 
     def _save(self) -> None:
         save_checkpoint(self.folder / "checkpoints", self.progress, self.parameters, self.optimizer)
@@ -364,10 +381,13 @@ class Run:
         if self.settings.method == "full":
             write_base(self.base, self.folder / "model")
             return None
-        adapter = extract(self.model)
+        adapter = self._extract()
         adapter.provenance = self._provenance()
         write_adapter(adapter, self.folder / "adapter", base_name=self.base.name)
         return adapter
+
+    def _extract(self) -> Adapter:
+        return extract(self.model)
 
     def _provenance(self) -> dict[str, Any]:
         return {
