@@ -23,13 +23,21 @@ export function facts(pairs) {
 
 const SVG = "http://www.w3.org/2000/svg";
 
+const ANVIL = 0b111110100110111; // rows of three columns, mirrored; the lowest bit is the first
+
+/** Sparse patterns are struck the other way round, so that every mark has a body. */
+function full(bits) {
+  const isSparse = bits.toString(2).replaceAll("0", "").length < 7;
+  return isSparse ? ~bits & 0x7fff : bits;
+}
+
 /** A mark struck from a digest: equal weights, equal mark. For the eye only; the digest is beside it. */
 export function hallmark(digest) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", "0 0 5 5");
   svg.setAttribute("class", digest ? "hallmark" : "hallmark plain");
   svg.setAttribute("aria-hidden", "true");
-  const bits = digest ? parseInt(digest.slice(0, 8), 16) : 0b001000111001110;
+  const bits = digest ? full(parseInt(digest.slice(0, 4), 16) & 0x7fff) : ANVIL;
   if (digest) svg.style.setProperty("--hue", String(parseInt(digest.slice(8, 12), 16) % 360));
   for (let i = 0; i < 15; i += 1) {
     if (!((bits >>> i) & 1)) continue;

@@ -72,11 +72,11 @@ function adapterCard(model, card) {
 }
 
 const span = (values) => (values.length > 1 ? `${values[0]} to ${values.at(-1)}` : values[0]);
-const mono = (text) => (text ? el("code", {}, text) : null);
+const mono = (text) => (text ? el("code", { className: "digest" }, text) : null);
 
 /** What the server does, every two seconds while somebody looks. */
 export class Live {
-  #rates = [];
+  #rates = Array(POINTS).fill(0);
   #last = null;
 
   start(onState) {
@@ -109,7 +109,7 @@ export class Live {
     byId("live").replaceChildren(...facts([
       ["Running", `${state.running_rows} of ${state.max_rows} rows`],
       ["Waiting", state.waiting],
-      ["Adapters loaded", state.loaded_adapters],
+      ["In memory", state.loaded_adapters === undefined ? null : `${state.loaded_adapters} adapters`],
       ["Answers", count(state.requests)],
       ["Tokens written", count(state.generated_tokens)],
       ["Prompt reused", state.prompt_tokens ? `${((100 * state.reused_tokens) / state.prompt_tokens).toFixed(0)} %` : "0 %"],
@@ -127,7 +127,7 @@ function isolation(state) {
 
 function points(rates) {
   const top = Math.max(1, ...rates);
-  const line = rates.map((rate, i) =>
-    `${(120 * (i + POINTS - rates.length) / (POINTS - 1)).toFixed(1)},${(31 - (29 * rate) / top).toFixed(1)}`);
-  return line.length > 1 ? line.join(" ") : "0,31 120,31";
+  return rates
+    .map((rate, i) => `${((120 * i) / (POINTS - 1)).toFixed(1)},${(31 - (29 * rate) / top).toFixed(1)}`)
+    .join(" ");
 }
