@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow check clean
+.PHONY: venv demo test test-slow test-browser check clean
 venv: $(STAMP)
 
 # A pinned torch comes as a CPU build; an unpinned one may pull several GB of CUDA.
@@ -18,10 +18,21 @@ demo: $(STAMP)
 	$(BIN)/lorasmith quickstart --out $(OUT)
 
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow" tests
+	$(BIN)/pytest -m "not slow and not browser" tests
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow tests
+
+# The playground in headless Chromium, Debian's: a browser from elsewhere may be out of reach.
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
+BROWSER_STAMP := $(VENV)/.browser-installed
+$(BROWSER_STAMP): $(STAMP)
+	command -v chromium || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium; }
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,browser]"
+	touch $@
+
+test-browser: $(BROWSER_STAMP)
+	$(BIN)/pytest -m "browser" tests/browser
 
 check: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks

@@ -38,6 +38,7 @@ def serve(
         float, typer.Option(help="Compute this share again alone and compare; deterministic.", min=0, max=1)
     ] = 0.0,
     drain_s: Annotated[float, typer.Option(help="How long answers may finish after SIGTERM.", min=0)] = 30.0,
+    playground: Annotated[bool, typer.Option(help="Serve the page at /playground.")] = True,
     dtype: DtypeOption = "auto",
     allow_base_mismatch: MismatchOption = False,
 ) -> None:
@@ -53,11 +54,15 @@ def serve(
     loaded = load_base(base, dtype=dtype)
     is_exact = deterministic or shadow_share > 0
     options = {"max_rows": max_rows, "max_context": max_context, "deterministic": is_exact}
-    gateway = _gateway(loaded, opened, known, options, drain_s, shadow_share, allow_base_mismatch)
+    limits = {
+        "drain_s": drain_s, "shadow_share": shadow_share, "allow_base_mismatch": allow_base_mismatch,
+        "playground": playground,
+    }  # fmt: skip
+    gateway = _gateway(loaded, opened, known, options, limits)
     say(
         f"base {gateway.config.base_id} ({loaded.dtype_reason}), {len(gateway.adapters.loaded)} adapters loaded"
     )
-    run(gateway, host=host, port=port, insecure=insecure, on_start=lambda url: say(f"serving on {url}/v1"))
+    run(gateway, host=host, port=port, insecure=insecure, on_start=lambda url: _say_where(url, playground))
 
 
 def key(as_json: JsonOption = False) -> None:
@@ -71,19 +76,21 @@ def key(as_json: JsonOption = False) -> None:
         print(f"key:           {made}\nin keys file:  {hash_key(made)}")
 
 
-def _gateway(
-    base: Base, store: Store, keys: Any, options: dict[str, Any], drain_s: float, share: float, allow: bool
-) -> Gateway:
+def _say_where(url: str, playground: bool) -> None:
+    if playground:
+        say(f"playground: {url}/playground")
+    say(f"serving on {url}/v1")
+
+
+def _gateway(base: Base, store: Store, keys: Any, options: dict[str, Any], limits: dict[str, Any]) -> Gateway:
     from lorasmith.engine import Engine
     from lorasmith.server import Gateway, ServerConfig
 
     reference: Engine | None = None
-    if share:
+    if limits["shadow_share"]:
         say("shadow runs need deterministic mode, which is slower, and a second cache")
         reference = Engine(base, **options, prefix_cache_bytes=0)
-    config = ServerConfig(
-        Path(base.name).name, drain_s=drain_s, shadow_share=share, allow_base_mismatch=allow
-    )
+    config = ServerConfig(Path(base.name).name, **limits)
     gateway = Gateway(base, Engine(base, **options), store, config, keys=keys, reference=reference)
     gateway.adapters.preload(_report)
     return gateway

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from lorasmith.errors import LoraSmithError
-from lorasmith.server import admin, completions
+from lorasmith.server import admin, completions, page
 from lorasmith.server.gateway import Gateway
 from lorasmith.server.guard import LIVE, App, Guard
 from lorasmith.server.metrics import CONTENT_TYPE
@@ -44,9 +44,13 @@ def create_app(gateway: Gateway, *, local_only: bool = False) -> App:
     app = FastAPI(title="lorasmith", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.include_router(completions.routes(gateway))
     app.include_router(admin.routes(gateway, uploads))
+    public: Collection[str] = ()
+    if gateway.config.playground:
+        app.include_router(page.routes(gateway))
+        public = page.PUBLIC
     _add_probes(app, gateway)
     _add_error_handlers(app, gateway)
-    return Guard(app, keys=gateway.keys, config=gateway.config, local_only=local_only)
+    return Guard(app, keys=gateway.keys, config=gateway.config, local_only=local_only, public=public)
 
 
 def _add_probes(app: FastAPI, gateway: Gateway) -> None:

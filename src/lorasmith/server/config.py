@@ -24,6 +24,7 @@ class ServerConfig:
         allow_base_mismatch: serve adapters that were trained on another base.
         shadow_share: share of requests that are run again alone and compared.
         shadow_queue: comparisons that may wait; more are skipped and counted.
+        playground: serve the page at /playground.
     """
 
     base_id: str
@@ -42,3 +43,4 @@ class ServerConfig:
     allow_base_mismatch: bool = False
     shadow_share: float = 0.0
     shadow_queue: int = 64
+    playground: bool = True

@@ -52,6 +52,11 @@ class FairQueue:
         """Requests that wait."""
         return sum(len(line.waiting) for line in self._lines.values())
 
+    def waiting_of(self, tenant: Tenant) -> int:
+        """Requests of one tenant that wait."""
+        line = self._lines.get(tenant.name)
+        return 0 if line is None else len(line.waiting)
+
     @property
     def is_idle(self) -> bool:
         """Whether nothing runs or waits."""

@@ -112,6 +112,7 @@ class Gateway:
         self.metrics = Metrics()
         self.metrics.watch(self)
         self.admitted: Counter[tuple[str, str, str]] = Counter()
+        self.spent: dict[str, Counter[str]] = {}
         self.mismatches = 0
         self.is_draining = False
         self._running: set[Running] = set()
@@ -256,6 +257,11 @@ class Gateway:
                 digest = running.asked.resolved.digest
                 self.shadow.offer(Check(running.sent[index], digest, result, running.asked.request_id))
 
+    @property
+    def running(self) -> list[Running]:
+        """Requests that have their rows."""
+        return list(self._running)
+
     def adapters_in_use(self) -> tuple[list[str], list[str]]:
         """Names of the adapters that run, and of those that wait."""
         running = {r.asked.resolved.asked for r in self._running if r.asked.resolved.digest}
@@ -348,6 +354,13 @@ class Gateway:
         self.metrics.prompt_tokens.labels(*label).inc(sum(r.prompt_tokens for r in results))
         self.metrics.reused_tokens.labels(*label).inc(sum(r.reused_tokens for r in results))
         self.metrics.generated_tokens.labels(*label).inc(generated)
+        mine = self.spent.setdefault(running.asked.tenant.name, Counter())
+        mine.update(
+            requests=1,
+            prompt_tokens=sum(r.prompt_tokens for r in results),
+            reused_tokens=sum(r.reused_tokens for r in results),
+            generated_tokens=generated or running.tokens_seen,
+        )
         if running.first_token_at is None:
             return
         self.metrics.first_token_s.labels(*label).observe(running.first_token_at - running.began)

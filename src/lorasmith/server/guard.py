@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
 from lorasmith.errors import AccessError, LoraSmithError
@@ -39,10 +39,20 @@ class Guard:
     Args:
         local_only: refuse other `Host` headers than this machine's: without keys, a web page that a browser
             opens could otherwise reach the server under a name of its own (DNS rebinding).
+        public: exact paths that need no key besides liveness, for reading only.
     """
 
-    def __init__(self, app: App, *, keys: Keys, config: ServerConfig, local_only: bool) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        keys: Keys,
+        config: ServerConfig,
+        local_only: bool,
+        public: Collection[str] = (),
+    ) -> None:
         self._app, self._keys, self._config, self._local_only = app, keys, config, local_only
+        self._public = frozenset({LIVE, *public})
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -77,7 +87,7 @@ class Guard:
         )
         if self._local_only and host not in LOCAL_HOSTS:
             raise _RefusedError(404, "this server has no keys, so it answers to local names only")
-        if scope["path"] == LIVE:
+        if scope["path"] in self._public and scope["method"] == "GET":
             return
         principal = self._keys.identify(headers.get("authorization"))
         _require_role(principal, scope["path"], self._keys)
@@ -147,7 +157,7 @@ def _require_role(principal: Principal, path: str, keys: Keys) -> None:
     elif path in ("/metrics", "/ready"):
         if principal.role == "tenant" and not keys.is_open:
             raise AccessError("this needs an admin or a monitor key")
-    elif path.startswith("/v1/") and principal.role != "tenant":
+    elif path.startswith(("/v1/", "/playground")) and principal.role != "tenant":
         raise AccessError("this needs a tenant's key; an admin or monitor key generates nothing")
 
 

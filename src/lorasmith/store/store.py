@@ -10,10 +10,12 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lorasmith.errors import AdapterFileError, ConfigError, OutputError
 from lorasmith.formats import read_adapter, read_header
 from lorasmith.lora import Adapter
+from lorasmith.store.cards import read_card
 from lorasmith.store.catalog import Catalog
 from lorasmith.store.checks import read_checked, refuse_problems
 from lorasmith.store.database import Database
@@ -71,6 +73,21 @@ class Store(Catalog):
         lease = self.lease(digest)
         try:
             return read_checked(lease.path, digest)
+        finally:
+            lease.release()
+
+    def card(self, digest: str) -> dict[str, Any]:
+        """What a stored adapter is: ranks, scalings, targets, size, the run that made it.
+
+        Raises:
+            UnknownAdapterError: the store does not hold it.
+            AdapterFileError: the files are damaged.
+        """
+        lease = self.lease(digest)
+        try:
+            return read_card(lease.path)
+        except AdapterFileError as error:  # where it lies is nobody's business
+            raise AdapterFileError(str(error).replace(str(lease.path), digest)) from None
         finally:
             lease.release()
 

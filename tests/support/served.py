@@ -1,0 +1,59 @@
+"""`lorasmith serve` as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+from tests.support.server import BASE_ID
+
+
+class Served:
+    """A running server: its address, its log, its process."""
+
+    def __init__(self, place, *options: object) -> None:
+        command = [
+            sys.executable,
+            "-c",
+            "from lorasmith.cli import main; main()",
+            "serve",
+            "--base",
+            place / BASE_ID,
+        ]
+        command += ["--store", place / "store", "--port", 0, "--dtype", "fp32", "--max-rows", 4, *options]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        self.process = subprocess.Popen(
+            list(map(str, command)),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.lines: list[str] = []
+        self.url = self._wait_for_address()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _wait_for_address(self) -> str:
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if found := re.search(r"serving on (\S+)/v1", line):
+                return found[1]
+        raise AssertionError("the server did not start:\n" + "".join(self.lines))
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    def stop(self, sent: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(sent)
+        code = self.process.wait(30)
+        self._reader.join(5)
+        self.process.stdout.close()
+        self.process.stderr.close()
+        return code
