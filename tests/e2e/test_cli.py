@@ -279,3 +279,33 @@ def test_an_adapter_of_another_tool_is_used_with_one_honest_line(place, tmp_path
     )
     assert result.exit_code == 0
     assert "cannot be verified" in result.stderr
+
+
+def test_sweep_ranks_every_combination_and_goes_on_where_it_was(place, tmp_path):
+    common = ("sweep", "--base", place / "base", "--data", place / "data.jsonl", "--out", tmp_path / "sweep")
+    common += ("--grid", "lr=0.01,0.001;rank=2,4", "--max-steps", 2, "--batch-size", 3)
+    found = answer(*common)
+    assert {r["name"] for r in found["runs"]} == {
+        f"lr={lr},rank={r}" for lr in ("0.01", "0.001") for r in (2, 4)
+    }
+    assert found["best"] == found["runs"][0]["name"]
+    assert found["runs"] == sorted(found["runs"], key=lambda r: r["eval_loss"])
+    assert found["wall_s"] > 0
+    assert found["peak_rss_bytes"] > 0
+    for r in found["runs"]:
+        assert read_adapter(r["adapter_dir"]).config.rank == r["config"]["rank"]
+        assert f"lr={r['config']['lr']:g}" in r["name"]
+    assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert run(*common).exit_code == 2
+    again = answer(*common, "--resume")  # all have ended, so nothing is computed again
+    assert again["runs"] == found["runs"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"), [("lr=1e-3;rnak=4", 'Did you mean "rank"'), ("rank=0,4", "rank=0: use a whole number")]
+)
+def test_sweep_refuses_a_wrong_grid_before_anything(place, tmp_path, grid, said):
+    result = run("sweep", "--base", "no-such-base", "--data", "x", "--out", tmp_path / "s", "--grid", grid)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not (tmp_path / "s").exists()

@@ -164,7 +164,9 @@ class Sweep:
         """What must be the same for a sweep to be resumed."""
         return {
             "base": self.base.name,
-            "runs": {m.name: m.point.config for m in self.members},
+            "runs": {
+                m.name: {k: v for k, v in m.point.config.items() if k != "save_every"} for m in self.members
+            },
             "halving": self.halving.keep_one_in if self.halving else None,
             "held_out_lines": self.held_out_lines,
         }
