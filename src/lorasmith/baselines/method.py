@@ -164,7 +164,7 @@ def make_method(name: str, options: Mapping[str, Any], tokenizer: Any = None) ->
     (kind,) = (k for k in kinds if k.name == name)
     settings = dict(options)
     if settings.get("init_text"):
-        settings["init_ids"] = tokenizer(settings["init_text"], add_special_tokens=False)["input_ids"]
+        settings["init_ids"] = list(tokenizer.encode(settings["init_text"], add_special_tokens=False))
     return kind(settings)
 
 
