@@ -11,17 +11,27 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lorasmith.baselines import MethodOptions, applied, make_method, read_method
+from lorasmith.baselines import (
+    METHOD_FILES,
+    MethodOptions,
+    Tuned,
+    applied,
+    apply_method,
+    make_method,
+    read_method,
+    write_method,
+)
 from lorasmith.baselines.projection import Fastfood, Sparse, hadamard
 from lorasmith.data import encode, read_records
 from lorasmith.engine import Engine, Request
-from lorasmith.errors import ConfigError, TargetError
-from lorasmith.train import Forward, TrainConfig, train
+from lorasmith.errors import AdapterFileError, ConfigError, TargetError
+from lorasmith.formats import read_adapter
+from lorasmith.train import Forward, TrainConfig
 from lorasmith.train.batch import Layout
 from lorasmith.train.policy import computing
 from tests.support.models import bits, same_bits, tiny_causal_lm, tokens
 from tests.support.tolerance import close
-from tests.unit.test_train import HELD_OUT, RECORDS, Tokenizer, base, check_resumed, losses, run
+from tests.unit.test_train import HELD_OUT, RECORDS, Tokenizer, base, losses, run
 
 CASES = {
     "full": {},
@@ -283,6 +293,7 @@ def test_the_loops_gradients_are_those_of_the_plain_model(case, layout):
 @pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("full")])
 def test_a_run_learns_and_leaves_the_base_as_it_was(case, tmp_path):
     given = base()
+    given.model.requires_grad_(False)
     before = bits(given.model)
     forward = Forward(given.model)
     result = run(tmp_path / "run", base=given, settings=settings(case, epochs=8))
@@ -293,7 +304,6 @@ def test_a_run_learns_and_leaves_the_base_as_it_was(case, tmp_path):
     tuned = read_method(result.adapter_dir)
     assert tuned.method == case.split()[0]
     examples = encode(read_records(HELD_OUT), Tokenizer(chat=False), max_length=64).examples
-    from lorasmith.train import evaluate_loss
 
     with applied(given.model, tuned):
         assert evaluate_loss(forward, examples).loss == pytest.approx(result.eval_loss, rel=1e-5)
@@ -302,14 +312,14 @@ def test_a_run_learns_and_leaves_the_base_as_it_was(case, tmp_path):
 
 @pytest.mark.parametrize("case", ["houlsby", "prefix", "prompt", "bitfit", "intrinsic said"])
 def test_a_stopped_run_goes_on_to_the_same_bits(case, tmp_path):
-    class Stop(Exception): ...
+    class StopError(Exception): ...
 
     def stop(step: int) -> None:
         if step == 3:
-            raise Stop
+            raise StopError
 
     run(tmp_path / "whole", settings=settings(case))
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run(tmp_path / "run", settings=settings(case), on_step=stop)
     assert run(tmp_path / "run", settings=settings(case), resume=True).resumed_from_step == 3
     one, two = (read_method(tmp_path / name / "adapter") for name in ("whole", "run"))
@@ -329,7 +339,6 @@ def test_generation_with_a_cache_gives_what_the_whole_text_gives(case, tmp_path)
     tensors = {n: t.clone() for n, t in made.tensors(given.model).items()}
     options = dict(made.options)
     made.detach(given.model)
-    from lorasmith.baselines import Tuned
 
     prompts = [[3, 4, 5], [7, 8, 9, 10, 11, 12], [1, 2]]
     with applied(given.model, Tuned(case.split()[0], options, tensors)), torch.no_grad():
@@ -421,3 +430,93 @@ def test_prefix_recomputes_exactly(tmp_path):
     one, two = (read_method(tmp_path / name / "adapter") for name in ("kept", "again"))
     for name, value in one.tensors.items():
         close(two.tensors[name], value, torch.float32)
+
+
+# ---------------------------------------------------------------- on disk
+
+
+def tuned_of(case: str) -> Tuned:
+    model, made = tiny_causal_lm(), method(case)
+    made.attach(model, seed=0)
+    stirred(model, made)
+    return Tuned(
+        case.split()[0], made.options, {n: t.clone() for n, t in made.tensors(model).items()}, {"by": "us"}
+    )
+
+
+@pytest.mark.parametrize("case", ["houlsby", "prefix", "prompt", "bitfit", "top-k", "intrinsic said"])
+def test_written_read_and_written_again_gives_the_same_bytes(case, tmp_path):
+    write_method(tuned_of(case), tmp_path / "a")
+    again = read_method(tmp_path / "a")
+    write_method(again, tmp_path / "b")
+    for name in METHOD_FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert again.provenance == {"by": "us"}
+
+
+def test_a_lora_reader_says_what_it_was_given(tmp_path):
+    write_method(tuned_of("houlsby"), tmp_path / "a")
+    with pytest.raises(AdapterFileError, match="what method 'houlsby' trained, which is no LoRA adapter"):
+        read_adapter(tmp_path / "a")
+    run(tmp_path / "full", settings=settings("full"))
+    for read in (read_adapter, read_method):
+        with pytest.raises(AdapterFileError, match="fully fine-tuned model"):
+            read(tmp_path / "full" / "model")
+
+
+@pytest.mark.parametrize("file", METHOD_FILES)
+def test_a_changed_file_is_refused(file, tmp_path):
+    write_method(tuned_of("houlsby"), tmp_path / "a")
+    path = tmp_path / "a" / file
+    data = bytearray(path.read_bytes())
+    if file == METHOD_FILES[0]:
+        data = data.replace(b'"bottleneck": 3', b'"bottleneck": 4')
+    else:
+        data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(AdapterFileError, match="changed after they were written"):
+        read_method(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda d: (d / "method.safetensors").unlink(),
+        lambda d: (d / "method.safetensors").write_bytes(b"PK\x03\x04" + b"x" * 40),
+        lambda d: (d / "method.json").write_text("[1]"),
+        lambda d: (d / "method.json").write_text('{"format_version": 1, "method": "os.system"}'),
+        lambda d: (d / "method.json").write_text('{"format_version": 9}'),
+    ],
+)
+def test_a_broken_directory_is_refused(harm, tmp_path):
+    write_method(tuned_of("lin"), tmp_path / "a")
+    harm(tmp_path / "a")
+    with pytest.raises(AdapterFileError):
+        read_method(tmp_path / "a")
+
+
+@pytest.mark.parametrize("case", ["houlsby", "prefix", "prompt", "bitfit", "top-k", "intrinsic"])
+def test_tensors_that_do_not_fit_leave_the_base_alone(case):
+    tuned = tuned_of(case)
+    model = tiny_causal_lm()
+    before = bits(model)
+    name = next(iter(tuned.tensors))
+    wrong = [
+        {n: t for n, t in tuned.tensors.items() if n != name},
+        tuned.tensors | {"stranger": torch.ones(2)},
+        tuned.tensors | {name: torch.ones(*tuned.tensors[name].shape, 2)},
+    ]
+    for tensors in wrong:
+        with pytest.raises(AdapterFileError, match="does not fit this base"):
+            apply_method(model, Tuned(tuned.method, tuned.options, tensors))
+        assert same_bits(model, before)
+    with applied(model, tuned):
+        assert not torch.equal(model(tokens()).logits, tiny_causal_lm()(tokens()).logits)
+    assert torch.equal(model(tokens()).logits, tiny_causal_lm()(tokens()).logits)
+    assert same_bits(model, before)
+
+
+def test_another_random_projection_is_refused():
+    tuned = tuned_of("intrinsic")
+    with pytest.raises(AdapterFileError, match="random projection"):
+        apply_method(tiny_causal_lm(), Tuned("intrinsic", tuned.options | {"seed": 1}, tuned.tensors))

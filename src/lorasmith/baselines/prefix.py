@@ -103,7 +103,7 @@ class VirtualTokens:
         if self._heard is not None:
             return None
         self.pairs = self.make_pairs()
-        given: Tensor = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        given: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         positions = kwargs.get("position_ids")
         if positions is None:
             past = kwargs.get("past_key_values")

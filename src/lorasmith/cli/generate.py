@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasmith.cli.methods import load_tuned, method_engine, the_method
 from lorasmith.cli.options import (
     BaseOption,
     DtypeOption,
@@ -61,6 +62,9 @@ def generate(
 ) -> None:
     """Answer one prompt, or a file of prompts; different adapters share each step."""
     folders = _named(adapter or [])
+    method = the_method(folders)
+    if method is not None:
+        folders = {}
     if (prompt is None) == (prompts is None):
         raise ConfigError("generate: give either --prompt (one question) or --prompts (a JSONL file).")
     if prompt is not None and not prompt.strip():
@@ -77,7 +81,11 @@ def generate(
     else:
         asked = [Request(prompt or "", adapter=name, **settings) for name in folders or [None]]
         questions = [Question(i, request) for i, request in enumerate(asked, 1)]
-    engine = _engine(base, folders, min(rows, len(questions)), dtype, allow_base_mismatch)
+    width = min(rows, len(questions))
+    if method is None:
+        engine = _engine(base, folders, width, dtype, allow_base_mismatch)
+    else:
+        engine = _method_engine(base, method, width, dtype, allow_base_mismatch)
     streams = prompts is None and len(questions) == 1 and not as_json and sys.stdout.isatty()
     results = _answer(engine, questions, streams=streams)
     engine.close()
@@ -122,6 +130,19 @@ def _engine(base: str, folders: dict[str, Path], rows: int, dtype: str, allow_ba
         for name, reason in engine.served_alone.items():
             say(f'adapter "{name}" shares no batch and is slower: {reason}')
     return engine
+
+
+def _method_engine(base: str, folder: Path, rows: int, dtype: str, allow_base_mismatch: bool) -> Engine:
+    """An engine whose model computes as the method in `folder` tuned it, for every request."""
+    from lorasmith.baselines import Tuned, apply_method
+    from lorasmith.bases import load_base
+
+    loaded = load_base(base, dtype=dtype)
+    tuned = load_tuned(folder, loaded, allow_base_mismatch=allow_base_mismatch)
+    assert isinstance(tuned, Tuned)
+    apply_method(loaded.model, tuned)
+    say(f'{folder}: method "{tuned.method}", on the model itself, so it answers everything here')
+    return method_engine(loaded, tuned, rows=rows)
 
 
 def _answer(engine: Engine, questions: Sequence[Question], *, streams: bool) -> list[Result]:
