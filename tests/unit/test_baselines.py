@@ -26,7 +26,7 @@ from lorasmith.data import encode, read_records
 from lorasmith.engine import Engine, Request
 from lorasmith.errors import AdapterFileError, ConfigError, TargetError
 from lorasmith.formats import read_adapter
-from lorasmith.train import Forward, TrainConfig
+from lorasmith.train import Forward, TrainConfig, evaluate_loss
 from lorasmith.train.batch import Layout
 from lorasmith.train.policy import computing
 from tests.support.models import bits, same_bits, tiny_causal_lm, tokens

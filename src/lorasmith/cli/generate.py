@@ -62,7 +62,7 @@ def generate(
 ) -> None:
     """Answer one prompt, or a file of prompts; different adapters share each step."""
     folders = _named(adapter or [])
-    method = the_method(folders)
+    method, digest = the_method(folders), ""
     if method is not None:
         folders = {}
     if (prompt is None) == (prompts is None):
@@ -85,11 +85,12 @@ def generate(
     if method is None:
         engine = _engine(base, folders, width, dtype, allow_base_mismatch)
     else:
-        engine = _method_engine(base, method, width, dtype, allow_base_mismatch)
+        engine, digest = _method_engine(base, method, width, dtype, allow_base_mismatch)
     streams = prompts is None and len(questions) == 1 and not as_json and sys.stdout.isatty()
     results = _answer(engine, questions, streams=streams)
     engine.close()
     answers = [_to_dict(q, r, numbered=prompts is not None) for q, r in zip(questions, results, strict=True)]
+    answers = [a | {"adapter": str(method), "adapter_digest": digest} for a in answers] if method else answers
     _show(answers, out=out, as_json=as_json, as_lines=prompts is not None, is_shown=streams)
     failed = [a for a in answers if a["finish_reason"] == "error"]
     if failed:
@@ -132,8 +133,10 @@ def _engine(base: str, folders: dict[str, Path], rows: int, dtype: str, allow_ba
     return engine
 
 
-def _method_engine(base: str, folder: Path, rows: int, dtype: str, allow_base_mismatch: bool) -> Engine:
-    """An engine whose model computes as the method in `folder` tuned it, for every request."""
+def _method_engine(
+    base: str, folder: Path, rows: int, dtype: str, allow_base_mismatch: bool
+) -> tuple[Engine, str]:
+    """An engine whose model computes as the method in `folder` tuned it, for every request; and its digest."""
     from lorasmith.baselines import Tuned, apply_method
     from lorasmith.bases import load_base
 
@@ -142,7 +145,7 @@ def _method_engine(base: str, folder: Path, rows: int, dtype: str, allow_base_mi
     assert isinstance(tuned, Tuned)
     apply_method(loaded.model, tuned)
     say(f'{folder}: method "{tuned.method}", on the model itself, so it answers everything here')
-    return method_engine(loaded, tuned, rows=rows)
+    return method_engine(loaded, tuned, rows=rows), tuned.digest
 
 
 def _answer(engine: Engine, questions: Sequence[Question], *, streams: bool) -> list[Result]:
