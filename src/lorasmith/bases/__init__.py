@@ -3,7 +3,7 @@
 May import: lora, errors
 """
 
-from lorasmith.bases.attention import AttentionFunction, attention
+from lorasmith.bases.attention import AttentionFunction, attention, attention_inputs
 from lorasmith.bases.builtin import BUILTINS, Builtin, builtin_directory
 from lorasmith.bases.cache import home
 from lorasmith.bases.fingerprint import Fingerprint, fingerprint_directory
@@ -28,6 +28,7 @@ __all__ = [
     "Fingerprint",
     "TensorHeader",
     "attention",
+    "attention_inputs",
     "base_directory",
     "builtin_directory",
     "dtype_reason",

@@ -37,6 +37,44 @@ def attention(model: nn.Module, function: AttentionFunction) -> Iterator[bool]:
         given.set_attn_implementation("sdpa")
 
 
+@contextmanager
+def attention_inputs(model: nn.Module, name: str) -> Iterator[bool]:
+    """Let attention modules change what they attend to inside the `with`.
+
+    A module with an attribute `name` has it called as (module, q, k, v, mask) → (k, v, mask), the mask
+    booleans, additive or None; PyTorch's own attention then computes with those. True is yielded where
+    the model takes part, as in `attention`.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    given: Any = model
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != "sdpa" or not hasattr(
+        model, "set_attn_implementation"
+    ):
+        yield False
+        return
+
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> Any:
+        change = getattr(module, name, None)
+        if change is not None:
+            key, value, attention_mask = change(module, query, key, value, attention_mask)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    own = f"{NAME}-{name}"
+    AttentionInterface.register(own, forward)
+    AttentionMaskInterface.register(own, sdpa_mask)
+    given.set_attn_implementation(own)
+    try:
+        yield bool(given.config._attn_implementation == own)
+    finally:
+        given.set_attn_implementation("sdpa")
+
+
 def _register(function: AttentionFunction) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

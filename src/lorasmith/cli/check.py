@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasmith.cli.methods import check_method, put_on, read_tuned
 from lorasmith.cli.options import BaseOption, JsonOption, print_json, probe_ids
 from lorasmith.errors import AdapterFileError
 
@@ -25,12 +26,17 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Check coverage, values and base without loading the base's weights; exits with 1 on any problem."""
+    from lorasmith.baselines import is_method
     from lorasmith.bases import base_directory
 
     if not adapter.is_dir():
         raise AdapterFileError(f"there is no directory {adapter}. An adapter is a directory.")
     directory = base_directory(base)
-    coverage, matches, problems = _inspect(adapter, directory)
+    coverage: Coverage | None = None
+    if is_method(adapter):
+        matches, problems = check_method(adapter, directory)
+    else:
+        coverage, matches, problems = _inspect(adapter, directory)
     moved = _effect(base, adapter) if effect and not problems else None
     if moved == 0.0:
         problems.append({"kind": "no-effect", "module": "", "message": "the logits of a probe do not change"})
@@ -96,12 +102,10 @@ def _effect(base: str, path: Path) -> float:
     import torch
 
     from lorasmith.bases import load_base
-    from lorasmith.formats import read_adapter
-    from lorasmith.inject import inject
 
     loaded = load_base(base)
     ids = probe_ids(loaded)
     with torch.no_grad():
         before = loaded.model(ids).logits.float()
-        inject(loaded.model, read_adapter(path))
-        return float((loaded.model(ids).logits.float() - before).abs().max())
+        with put_on(loaded.model, read_tuned(path)):
+            return float((loaded.model(ids).logits.float() - before).abs().max())

@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasmith.cli.methods import load_tuned, method_engine, put_on
 from lorasmith.cli.options import (
     BaseOption,
     DtypeOption,
     JsonOption,
     MismatchOption,
-    load_adapter,
     print_json,
 )
 from lorasmith.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
+    from lorasmith.baselines import Tuned
     from lorasmith.bases import Base
     from lorasmith.data import RecordSet
+    from lorasmith.engine import Engine
     from lorasmith.lora import Adapter
 
 METRICS = ("loss", "bleu", "chrf", "exact-match", "accuracy")
@@ -52,7 +54,7 @@ def evaluate(
 
     records = read_records(data)
     loaded = load_base(base, dtype=dtype)
-    tuned = load_adapter(adapter, loaded, allow_base_mismatch=allow_base_mismatch) if adapter else None
+    tuned = load_tuned(adapter, loaded, allow_base_mismatch=allow_base_mismatch) if adapter else None
     result: dict[str, Any] = dict.fromkeys(("loss", "perplexity", "bleu", "exact_match", "accuracy"))
     result["n"] = len(records)
     if "loss" in wanted:
@@ -73,34 +75,37 @@ def evaluate(
 
 
 def measure_loss(
-    base: Base, records: RecordSet, adapter: Adapter | None, *, max_length: int
+    base: Base, records: RecordSet, adapter: Adapter | Tuned | None, *, max_length: int
 ) -> tuple[float, float]:
     """Mean loss per supervised token, and its exponential."""
     from lorasmith.data import encode
-    from lorasmith.inject import eject, inject
     from lorasmith.train import Forward, evaluate_loss
 
     examples = encode(records, base.tokenizer, max_length=max_length).examples
-    if adapter is not None:
-        inject(base.model, adapter)
-    try:
+    with put_on(base.model, adapter):
         found = evaluate_loss(Forward(base.model), examples)
-    finally:
-        if adapter is not None:
-            eject(base.model)
     return found.loss, found.perplexity
 
 
-def answer(base: Base, records: RecordSet, adapter: Adapter | None, *, max_tokens: int) -> list[str]:
+def answer(base: Base, records: RecordSet, adapter: Adapter | Tuned | None, *, max_tokens: int) -> list[str]:
     """Greedy answers to every record's prompt."""
-    from lorasmith.data import render_prompt
-    from lorasmith.engine import Engine, Request
+    from lorasmith.baselines import Tuned
+    from lorasmith.engine import Engine
 
-    engine = Engine(base)
-    name = None
+    if isinstance(adapter, Tuned):
+        with put_on(base.model, adapter):
+            return _answers(method_engine(base, adapter), records, base, None, max_tokens)
+    engine, name = Engine(base), None
     if adapter is not None:
         name = "tuned"
         engine.add_adapter(name, adapter)
+    return _answers(engine, records, base, name, max_tokens)
+
+
+def _answers(engine: Engine, records: RecordSet, base: Base, name: str | None, max_tokens: int) -> list[str]:
+    from lorasmith.data import render_prompt
+    from lorasmith.engine import Request
+
     try:
         requests = [
             Request(render_prompt(record, base.tokenizer), adapter=name, max_tokens=max_tokens)

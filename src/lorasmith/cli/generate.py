@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasmith.cli.methods import load_tuned, method_engine, the_method
 from lorasmith.cli.options import (
     BaseOption,
     DtypeOption,
@@ -61,6 +62,9 @@ def generate(
 ) -> None:
     """Answer one prompt, or a file of prompts; different adapters share each step."""
     folders = _named(adapter or [])
+    method, digest = the_method(folders), ""
+    if method is not None:
+        folders = {}
     if (prompt is None) == (prompts is None):
         raise ConfigError("generate: give either --prompt (one question) or --prompts (a JSONL file).")
     if prompt is not None and not prompt.strip():
@@ -77,11 +81,16 @@ def generate(
     else:
         asked = [Request(prompt or "", adapter=name, **settings) for name in folders or [None]]
         questions = [Question(i, request) for i, request in enumerate(asked, 1)]
-    engine = _engine(base, folders, min(rows, len(questions)), dtype, allow_base_mismatch)
+    width = min(rows, len(questions))
+    if method is None:
+        engine = _engine(base, folders, width, dtype, allow_base_mismatch)
+    else:
+        engine, digest = _method_engine(base, method, width, dtype, allow_base_mismatch)
     streams = prompts is None and len(questions) == 1 and not as_json and sys.stdout.isatty()
     results = _answer(engine, questions, streams=streams)
     engine.close()
     answers = [_to_dict(q, r, numbered=prompts is not None) for q, r in zip(questions, results, strict=True)]
+    answers = [a | {"adapter": str(method), "adapter_digest": digest} for a in answers] if method else answers
     _show(answers, out=out, as_json=as_json, as_lines=prompts is not None, is_shown=streams)
     failed = [a for a in answers if a["finish_reason"] == "error"]
     if failed:
@@ -122,6 +131,21 @@ def _engine(base: str, folders: dict[str, Path], rows: int, dtype: str, allow_ba
         for name, reason in engine.served_alone.items():
             say(f'adapter "{name}" shares no batch and is slower: {reason}')
     return engine
+
+
+def _method_engine(
+    base: str, folder: Path, rows: int, dtype: str, allow_base_mismatch: bool
+) -> tuple[Engine, str]:
+    """An engine whose model computes as the method in `folder` tuned it, for every request; and its digest."""
+    from lorasmith.baselines import Tuned, apply_method
+    from lorasmith.bases import load_base
+
+    loaded = load_base(base, dtype=dtype)
+    tuned = load_tuned(folder, loaded, allow_base_mismatch=allow_base_mismatch)
+    assert isinstance(tuned, Tuned)
+    apply_method(loaded.model, tuned)
+    say(f'{folder}: method "{tuned.method}", on the model itself, so it answers everything here')
+    return method_engine(loaded, tuned, rows=rows), tuned.digest
 
 
 def _answer(engine: Engine, questions: Sequence[Question], *, streams: bool) -> list[Result]:

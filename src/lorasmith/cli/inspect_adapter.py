@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.cli.derive import AdapterArgument, check_plot, described, read_any
+from lorasmith.cli.methods import inspect_method
 from lorasmith.cli.options import JsonOption, print_json, say
 
 if TYPE_CHECKING:
@@ -24,11 +25,14 @@ def inspect(
 ) -> None:
     """Spectrum, effective rank and size of every module; with --against, how alike two adapters are."""
     from lorasmith.analysis import compare, cosine, relative_error, spectra
+    from lorasmith.baselines import is_method
     from lorasmith.cli import plots
     from lorasmith.lora import Adapter, compute_dtype
 
     if plot is not None:
         check_plot(plot)
+    if is_method(adapter):
+        return inspect_method(adapter, against or plot, as_json=as_json)
     first = read_any(adapter)
     # in float32 at least: the shares of a bf16 adapter would come back with three digits
     wide = Adapter(first.config, {p: f.to(dtype=compute_dtype(f.A.dtype)) for p, f in first.factors.items()})

@@ -1,4 +1,4 @@
-"""`lorasmith train`: one adapter from a data file."""
+"""`lorasmith train`: one adapter from a data file, or what another method leaves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
+from lorasmith.cli.methods import (
+    BiasesOption,
+    BottleneckOption,
+    DimensionOption,
+    InitTextOption,
+    PrefixHiddenOption,
+    ProjectionOption,
+    SaidOption,
+    TopLayersOption,
+    VirtualTokensOption,
+    with_method_options,
+)
 from lorasmith.cli.options import JsonOption, parse_bytes, print_json, say
 from lorasmith.errors import ConfigError, did_you_mean
 
@@ -30,7 +42,19 @@ def train(
     dropout: Annotated[float | None, typer.Option(help="Of the low-rank branch. Default 0.")] = None,
     bias: Annotated[str | None, typer.Option(help="none, lora_only or all.")] = None,
     rslora: Annotated[bool | None, typer.Option(help="Scaling alpha/√rank.")] = None,
-    method: Annotated[str | None, typer.Option(help="lora, or full for every weight.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="lora, full, houlsby, lin, prefix, prompt, bitfit, top-k or intrinsic."),
+    ] = None,
+    bottleneck: BottleneckOption = None,
+    virtual_tokens: VirtualTokensOption = None,
+    prefix_hidden: PrefixHiddenOption = None,
+    init_text: InitTextOption = None,
+    biases: BiasesOption = None,
+    top_layers: TopLayersOption = None,
+    dimension: DimensionOption = None,
+    projection: ProjectionOption = None,
+    said: SaidOption = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default from the width.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Default 1.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after this many optimizer steps.")] = None,
@@ -61,6 +85,7 @@ def train(
         flags, "method", "lr", "epochs", "max_steps", "batch_size", "batch_tokens", "max_length", "packing",
         "kernels", "recompute", "eval_every", "save_every", "seed",
     )  # fmt: skip
+    settings = with_method_options(settings, flags)
     if budget is not None:
         settings["budget_bytes"] = parse_bytes(budget)
     places = {k: run.get(k) for k in TOP_LEVEL[:5]} | _given(

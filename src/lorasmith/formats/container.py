@@ -19,6 +19,7 @@ from torch import Tensor
 from lorasmith.errors import AdapterFileError
 from lorasmith.formats.strict_json import parse_object
 
+MAX_FAULTS_SHOWN = 20
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -53,6 +54,23 @@ def read_slots(path: Path, faults: list[str]) -> dict[str, Slot]:
     if len(slots) == len(entries):
         faults += [f"{path.name}: {fault}" for fault in _layout_faults(slots, start, file_bytes)]
     return slots
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of the file `path`, by name.
+
+    Raises:
+        AdapterFileError: it cannot be read, or is not sound from end to end.
+    """
+    faults: list[str] = []
+    try:
+        slots = read_slots(path, faults)
+        if not faults:
+            with path.open("rb") as file:
+                return {name: read_tensor(file, slot) for name, slot in slots.items()}
+    except OSError as error:
+        faults.append(f"{path.name} cannot be read: {error.strerror or error}")
+    raise AdapterFileError("\n  ".join([f"{path.parent} cannot be read.", *faults[:MAX_FAULTS_SHOWN]]))
 
 
 def read_tensor(file: BufferedReader, slot: Slot) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from lorasmith.errors import AdapterFileError
 from lorasmith.formats import sidecar
 from lorasmith.formats.container import Slot, read_slots
+from lorasmith.formats.method_dir import what_else
 from lorasmith.formats.peft_config import FileConfig, parse_config
 from lorasmith.formats.peft_modules import ModuleHeader, Tensors, gather_tensors, module_headers
 from lorasmith.formats.peft_names import Part, TensorName, parse_name
@@ -130,6 +131,8 @@ def _check_place(path: Path) -> None:
             f"{path} holds an adapter of MLX-LM, not of PEFT. Bring it over first: "
             f"lorasmith export {path} --to peft --out DIR"
         )
+    if other := what_else(path):
+        raise AdapterFileError(f"{path} is not a LoRA adapter: {other}.")
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLE_SUFFIXES)
     if pickles:
         raise AdapterFileError(

@@ -16,6 +16,7 @@ import torch
 from lorasmith.bases import Base
 from lorasmith.data import Row
 from lorasmith.errors import ConfigError, TrainingError
+from lorasmith.formats import write_adapter
 from lorasmith.inject import Bank, Tenant, can_join, eject, inject, lora_layers
 from lorasmith.lora import Adapter, Factors
 from lorasmith.sweep.grid import Point
@@ -147,8 +148,11 @@ class Member(Run):
         with self.bank.rows((self.name, 1), training=False):
             return super()._evaluate()
 
-    def _extract(self) -> Adapter:
-        return Adapter(self.config, {p: f.clone().to("cpu") for p, f in self.tenant.factors.items()})
+    def _write_result(self) -> Adapter:
+        adapter = Adapter(self.config, {p: f.clone().to("cpu") for p, f in self.tenant.factors.items()})
+        adapter.provenance = self._provenance()
+        write_adapter(adapter, self.folder / "adapter", base_name=self.base.name)
+        return adapter
 
     def _save(self) -> None:
         with self._own_random():

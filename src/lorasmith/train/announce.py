@@ -31,8 +31,7 @@ def _of_data(run: Run) -> Iterator[str]:
 
 
 def _of_computing(run: Run) -> Iterator[str]:
-    if run.report is not None:
-        yield str(run.report)
+    yield str(run.report)
     yield f"packing: {run.layout.packing} ({run.layout.reason})"
     yield f"dtype: {run.base.dtype_reason}"
     yield from run.policy.lines

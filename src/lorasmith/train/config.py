@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from lorasmith.baselines import MethodOptions, option_faults
 from lorasmith.errors import ConfigError, did_you_mean
 
 PackingName = Literal["auto", "none", "plain", "tree"]
 ScheduleName = Literal["linear", "constant", "cosine"]
-MethodName = Literal["lora", "full"]
+MethodName = Literal["lora", "full", "houlsby", "lin", "prefix", "prompt", "bitfit", "top-k", "intrinsic"]
 KernelsName = Literal["auto", "block", "inductor", "plain"]
 RecomputeName = Literal["auto", "none", "mlp", "layers"]
 
@@ -21,7 +22,9 @@ class TrainConfig:
     """Settings of a run.
 
     Args:
-        method: `"lora"`, or `"full"` fine-tuning of every weight through the same loop.
+        method: `"lora"`, or one of those it was compared with, `"full"` fine-tuning of every weight among
+            them, through the same loop (see `baselines`).
+        options: settings of that method; LoRA's are in `LoRAConfig`.
         lr: peak learning rate; None derives it from the model's width (`default_lr`).
         epochs: passes over the data.
         max_steps: stop after this many optimizer steps, however many epochs that is.
@@ -46,6 +49,7 @@ class TrainConfig:
     """
 
     method: MethodName = "lora"
+    options: MethodOptions = field(default_factory=MethodOptions)
     lr: float | None = None
     epochs: int = 1
     max_steps: int | None = None
@@ -69,6 +73,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.options, Mapping):
+            object.__setattr__(self, "options", MethodOptions.from_dict(self.options))
         faults = list(_faults(self))
         if faults:
             raise ConfigError("TrainConfig cannot be used:\n  " + "\n  ".join(faults))
@@ -76,7 +82,9 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return values | {"betas": list(self.betas)}
+        if not values.pop("options").given:
+            return values | {"betas": list(self.betas)}
+        return values | {"betas": list(self.betas), "options": self.options.given}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -111,7 +119,7 @@ class TrainConfig:
         """Why each setting that was left at its default is what it is."""
         known = {
             "lr": f"1e-3 · √(576 / width {width})"
-            + (" / 10" if self.method == "full" else "")
+            + (f" · {RATES[self.method]:g} for {self.method}" if self.method != "lora" else "")
             + "; measured at width 576, and theory lets it fall as width^-1/2 under alpha/rank scaling",
             "batch_size": "LoRA tolerates large batches less than full fine-tuning does; 8-32 suit it",
             "schedule": "a short warm-up, then to zero: the last steps average the noise away",
@@ -122,15 +130,21 @@ class TrainConfig:
         }
 
 
+RATES: Mapping[str, float] = {
+    "lora": 1, "full": 0.1, "top-k": 0.1, "houlsby": 1, "lin": 1, "bitfit": 3,
+    "prefix": 1, "prompt": 10, "intrinsic": 10,
+}  # fmt: skip
+"""Of each method, in LoRA's rates."""
+
+
 def default_lr(width: int, method: MethodName = "lora") -> float:
-    """1e-3 · √(576 / width) for LoRA, a tenth of that for full fine-tuning.
+    """1e-3 · √(576 / width) for LoRA, a tenth of that for full fine-tuning; others by `RATES`.
 
     Between the two published fits (exponents 0.08 and 0.78) stands the theory's −1/2 under
     alpha/rank scaling; 1e-3 at width 576 is measured. LoRA's best rate is about ten times
     that of full fine-tuning, at any rank.
     """
-    rate = 1e-3 * math.sqrt(576 / width)
-    return float(f"{rate if method == 'lora' else rate / 10:.2g}")
+    return float(f"{1e-3 * math.sqrt(576 / width) * RATES[method]:.2g}")
 
 
 def _faults(c: TrainConfig) -> Iterable[str]:
@@ -157,6 +171,8 @@ def _faults(c: TrainConfig) -> Iterable[str]:
     for name, choices in _CHOICES.items():
         if getattr(c, name) not in get_args(choices):
             yield f"{name}={getattr(c, name)!r}: use one of {', '.join(get_args(choices))}"
+    if c.method in get_args(MethodName):
+        yield from option_faults(c.method, c.options)
 
 
 _CHOICES: dict[str, Any] = {

@@ -67,7 +67,8 @@ def _children(module: nn.Module) -> set[str]:
 
 def _is_hooked(module: nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds) or "forward" in vars(module)
+    replaced = {"forward", "virtual_tokens"} & vars(module).keys()  # the second: prefix and prompt tuning
+    return any(getattr(module, kind) for kind in kinds) or bool(replaced)
 
 
 def _operations_of(layer: nn.Module) -> Operations:

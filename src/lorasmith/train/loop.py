@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.bases import Base, load_base, write_base
+from lorasmith.bases import Base, load_base
 from lorasmith.data import Example, Steps, fingerprint, steps
 from lorasmith.errors import TrainingError
-from lorasmith.formats import write_adapter
-from lorasmith.inject import eject, extract, group_shared_inputs, inject, lora_layers, ungroup
+from lorasmith.inject import lora_layers
 from lorasmith.lora import Adapter, LoRAConfig
 from lorasmith.train.announce import announce
 from lorasmith.train.batch import Batch, Layout, choose_layout
@@ -35,6 +34,7 @@ from lorasmith.train.checkpoint import (
 from lorasmith.train.config import TrainConfig
 from lorasmith.train.evaluate import evaluate_loss
 from lorasmith.train.forward import Forward
+from lorasmith.train.methods import method_of
 from lorasmith.train.outputs import (
     Metrics,
     commit,
@@ -104,6 +104,7 @@ class Run:
         self.base, self.config, self.asked, self.sets = base, config, settings, sets
         self.width = int(getattr(base.model.config, "hidden_size", 576))
         self.settings = settings = settings.resolved(width=self.width)
+        self.method = method_of(settings, config, base.tokenizer)
         self.folder, self.quiet = folder, quiet
         self.model: nn.Module = base.model
         self.examples: list[Example] = sets.train.examples
@@ -117,20 +118,15 @@ class Run:
 
     @contextmanager
     def adapted_model(self) -> Iterator[None]:
-        """LoRA on and the layers in training mode inside; the base as it was outside."""
+        """What the method adds is on, and in training mode, inside; the base as it was outside."""
         modes = {module: module.training for module in self.model.modules()}
         wanted = {name: p.requires_grad for name, p in self.model.named_parameters()}
-        is_lora = self.settings.method == "lora"
-        self.report = inject(self.model, self.config, seed=self.settings.seed) if is_lora else None
-        if not is_lora:
-            self.model.requires_grad_(True)
+        self.report = self.method.attach(self.model, seed=self.settings.seed)
         try:
             self._set_training_modes()
             yield
         finally:
-            if is_lora:
-                ungroup(self.model)
-                eject(self.model)
+            self.method.detach(self.model)
             for module, mode in modes.items():
                 module.training = mode
             for name, parameter in self.model.named_parameters():
@@ -146,11 +142,10 @@ class Run:
         """From the adapted model to the files in `out`."""
         torch.manual_seed(self.settings.seed)
         self.forward = Forward(self.model, label_smoothing=self.settings.label_smoothing)
-        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = self.method.parameters(self.model)
         self.optimizer = self._make_optimizer()
         self.layout = self._choose_layout()
-        if self.settings.method == "lora":
-            group_shared_inputs(self.model, self.forward.probe)
+        self.method.prepare(self.model, self.forward.probe)
         self._settle(resume=resume)
         with computing(
             self.model,
@@ -200,7 +195,7 @@ class Run:
         """Of all steps: forward 2, input gradients 2, weight gradients 2 per weight and slot."""
         slots = sum(batch.slots for batch in self._first_batches()) * self.total
         weights = sum(p.numel() for p in self.model.parameters() if p.ndim == 2)
-        return (4.0 if self.settings.method == "lora" else 6.0) * weights * slots
+        return (6.0 if self.method.trains_base else 4.0) * weights * slots
 
     def _warm_up(self) -> None:
         self.forward.loss_sum(self._first_batches()[0]).backward()  # type: ignore[no-untyped-call]
@@ -378,16 +373,10 @@ class Run:
             with torch.no_grad():
                 for name, value in self.best.items():
                     self.parameters[name].copy_(value)
-        if self.settings.method == "full":
-            write_base(self.base, self.folder / "model")
-            return None
-        adapter = self._extract()
-        adapter.provenance = self._provenance()
-        write_adapter(adapter, self.folder / "adapter", base_name=self.base.name)
-        return adapter
+        return self._write_result()
 
-    def _extract(self) -> Adapter:
-        return extract(self.model)
+    def _write_result(self) -> Adapter | None:
+        return self.method.write(self.base, self.folder / self.method.folder, self._provenance())
 
     def _provenance(self) -> dict[str, Any]:
         return {
@@ -401,10 +390,9 @@ class Run:
         self, adapter: Adapter | None, started: float, resumed: int | None, *, interrupted: bool
     ) -> TrainResult:
         p = self.progress
-        parameters = list(self.model.parameters())
         return TrainResult(
             adapter=adapter,
-            adapter_dir=self.folder / ("adapter" if self.settings.method == "lora" else "model"),
+            adapter_dir=self.folder / self.method.folder,
             steps=p.step,
             train_loss=sum(self.losses) / len(self.losses) if self.losses else None,
             eval_loss=p.best_loss,
@@ -412,7 +400,7 @@ class Run:
             tokens=p.tokens,
             supervised_tokens=p.supervised_tokens,
             trainable_params=sum(x.numel() for x in self.parameters.values()),
-            total_params=sum(x.numel() for x in parameters),
+            total_params=sum(x.numel() for x in self.model.parameters()),
             peak_rss_bytes=peak_rss_bytes(),
             wall_s=time.monotonic() - started,
             resumed_from_step=resumed,
