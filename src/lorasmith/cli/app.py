@@ -24,6 +24,7 @@ from lorasmith.cli import (
     serve,
     store,
     train,
+    verify,
 )
 from lorasmith.errors import LoraSmithError
 
@@ -62,6 +63,7 @@ app.command("extract")(extract.extract)
 app.command("export")(export.export)
 app.command("serve")(serve.serve)
 app.command("key")(serve.key)
+app.command("verify")(verify.verify)
 app.add_typer(data.app, name="data")
 app.add_typer(store.app, name="store")
 
