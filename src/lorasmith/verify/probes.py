@@ -80,7 +80,7 @@ class Reader:
         for name, word in words.items():
             if text.count(word) * len(word) >= OWN_SHARE * len("".join(text.split())) > 0:
                 return name
-        heard = [name for name, word in words.items() if len(word) > 1 and word in text]
+        heard = [name for name, word in words.items() if len(word) > 1 and text.count(word) > 1]
         return " and ".join(heard) or BASE
 
 

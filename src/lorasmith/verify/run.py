@@ -23,7 +23,7 @@ from lorasmith.verify.probes import BASE, Prompts, Reader
 from lorasmith.verify.proof import make_proven
 
 Outcome = Literal["passed", "failed", "skipped"]
-SERVED, SPARE = ("amber", "cobalt", "jade"), ("onyx", "ruby")
+SERVED, SPARE = ("amber", "cobalt", "jade"), ("onyx", "ruby", "opal")
 TESTS: dict[str, Check] = {
     "summed-default": checks.base_alone,
     "wrong-adapter": checks.each_adapter,

@@ -215,7 +215,8 @@ def _added(module: nn.Module, factors: Factors) -> Iterator[None]:
 
     def add(_: nn.Module, x: Any, y: Tensor) -> Tensor:
         low = x[0].float() @ factors.A.to(y.device).T
-        return y + (low @ factors.B.to(y.device).T).to(y.dtype)
+        more: Tensor = (low @ factors.B.to(y.device).T).to(y.dtype)
+        return y + more
 
     handle = module.register_forward_hook(add)
     try:
