@@ -155,8 +155,9 @@ def base_means_all(running: Running, patch: Any) -> None:
             return resolve(model, *arguments, **named)
         parts = []
         for alias in aliases:
-            with gateway.store.lease(alias.digest) as lease:
-                parts.append(read_adapter(lease.path))
+            lease = gateway.store.lease(alias.digest)
+            parts.append(read_adapter(lease.path))
+            lease.release()
         total = combine(parts, [1.0] * len(parts), method="concat").adapter
         digest = gateway.engine.add_adapter("all", total)
         gateway.adapters._loaded.setdefault(digest, NoLease())
