@@ -25,6 +25,7 @@ from lorasmith.cli import (
     store,
     sweep,
     train,
+    verify,
 )
 from lorasmith.errors import LoraSmithError
 
@@ -64,6 +65,7 @@ app.command("extract")(extract.extract)
 app.command("export")(export.export)
 app.command("serve")(serve.serve)
 app.command("key")(serve.key)
+app.command("verify")(verify.verify)
 app.add_typer(data.app, name="data")
 app.add_typer(store.app, name="store")
 
