@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         kind = int if several else type(shown)
         default = " ".join(map(str, shown)) if several else str(shown)
         flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=kind, nargs="+" if several else None, default=shown, help=f"({default})")
+        parser.add_argument(
+            flag, type=kind, nargs="+" if several else None, default=shown, help=f"({default})"
+        )
     return parser
 
 
@@ -84,7 +86,9 @@ def _table(summary: dict[str, Any], out: Path) -> str:
     lines.append(f"{'random play':<18}{'':>9}{summary['random']['mean']:>9.2f}")
     for other in ("frozen", "random"):
         verdict = "yes" if summary[f"lora_above_{other}"] else "not shown"
-        lines.append(f"every LoRA arm above {other}, by over two standard errors and in every seed: {verdict}")
+        lines.append(
+            f"every LoRA arm above {other}, by over two standard errors and in every seed: {verdict}"
+        )
     return "\n".join([*lines, f"numbers, figure, reconstructions and film: {out}"])
 
 

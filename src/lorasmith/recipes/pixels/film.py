@@ -50,7 +50,8 @@ def watch(policy: ActorCriticPolicy, game: str, *, seed: int, most_frames: int) 
 @torch.no_grad()
 def redraw(frames: Tensor, encoder: Encoder, decoder: Decoder) -> Tensor:
     """What the autoencoder makes of uint8 frames, as uint8 frames."""
-    return (decoder(encoder(frames.float() / 255)).clamp(0, 1) * 255).round().to(torch.uint8)
+    drawn: Tensor = decoder(encoder(frames.float() / 255)).clamp(0, 1)
+    return (drawn * 255).round().to(torch.uint8)
 
 
 def picture(frame: Tensor) -> Picture:

@@ -66,7 +66,7 @@ def make_game(name: str) -> gymnasium.Env[Frame, Any]:
     if name.startswith("MinAtar/"):
         import minatar.gym
 
-        if name not in gymnasium.registry:
+        if not any(known.startswith("MinAtar/") for known in gymnasium.registry):
             minatar.gym.register_envs()
         return Painted(_open(name))
     if name.startswith("ALE/"):

@@ -53,7 +53,9 @@ def draw_reconstructions(sheets: Mapping[str, tuple[Tensor, Tensor]], path: Path
     pyplot = _pyplot()
     count = max(len(frames) for frames, _ in sheets.values())
     figure = pyplot.figure(figsize=(1.15 * count + 1.0, 2.75 * len(sheets)), constrained_layout=True)
-    for part, (title, pair) in zip(figure.subfigures(len(sheets), 1, squeeze=False)[:, 0], sheets.items(), strict=True):
+    for part, (title, pair) in zip(
+        figure.subfigures(len(sheets), 1, squeeze=False)[:, 0], sheets.items(), strict=True
+    ):
         part.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
         grid = part.subplots(2, count, squeeze=False)
         for row, frames, name in zip(grid, pair, ("frame", "redrawn"), strict=True):
@@ -93,7 +95,11 @@ def _draw_ends(axes: Any, summary: Mapping[str, Any], colours: Mapping[str, str]
     axes.text(chance, len(rows) - 0.45, f" random play {chance:.2f}", color=SOFT, fontsize=9, va="bottom")
     labels = [f"{row['label']}\n{row['encoder_params_trained']:,} params" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=9)
-    axes.set(xlim=(0, highest * 1.14), ylim=(-0.55, len(rows) - 0.1), xlabel="mean return over the last 100 episodes")
+    axes.set(
+        xlim=(0, highest * 1.14),
+        ylim=(-0.55, len(rows) - 0.1),
+        xlabel="mean return over the last 100 episodes",
+    )
     axes.tick_params(left=False)
     axes.set_title("at the end: each seed, and the mean", **_TITLE)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import torch
 from gymnasium import spaces
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-import lorasmith as ls
+from lorasmith.formats import read_adapter, write_adapter
+from lorasmith.inject import extract, inject
+from lorasmith.lora import LoRAConfig
 from lorasmith.recipes.pixels.autoencoder import Encoder
 from lorasmith.recipes.pixels.settings import Arm
 
@@ -64,8 +67,8 @@ def prepare_encoder(encoder: Encoder, arm: Arm, base: dict[str, Tensor], *, alph
     if arm.way == "frozen":
         encoder.requires_grad_(False)
     elif arm.rank is not None:
-        config = ls.LoRAConfig(rank=arm.rank, alpha=alpha, targets=encoder.targets)
-        ls.inject(encoder, config, seed=seed)
+        config = LoRAConfig(rank=arm.rank, alpha=alpha, targets=encoder.targets)
+        inject(encoder, config, seed=seed)
 
 
 def renew_optimizer(policy: ActorCriticPolicy) -> None:
@@ -79,22 +82,24 @@ def save_policy(policy: ActorCriticPolicy, arm: Arm, directory: Path, provenance
     save_file(_heads(policy), directory / HEADS)
     encoder = encoder_of(policy)
     if arm.way == "lora":
-        adapter = ls.extract(encoder)
+        adapter = extract(encoder)
         adapter.provenance = provenance
-        ls.write_adapter(adapter, directory / ADAPTER, base_name=provenance["base"]["name"])
+        write_adapter(adapter, directory / ADAPTER, base_name=provenance["base"]["name"])
     elif arm.way != "frozen":
         save_file(encoder.state_dict(), directory / WHOLE)
 
 
 def load_policy(
-    directory: Path, base: dict[str, Tensor], observation: spaces.Box, actions: spaces.Space[Any], latent: int
+    directory: Path, base: dict[str, Tensor], game: gymnasium.Env[Any, Any], latent: int
 ) -> ActorCriticPolicy:
     """Read what `save_policy` wrote, over the autoencoder's half that it was trained on."""
-    policy = ActorCriticPolicy(observation, actions, lambda _: 0.0, **policy_options(latent))
+    policy = ActorCriticPolicy(
+        game.observation_space, game.action_space, lambda _: 0.0, **policy_options(latent)
+    )
     encoder, whole = encoder_of(policy), directory / WHOLE
     encoder.load_state_dict(load_file(whole) if whole.exists() else base)
     if (directory / ADAPTER).exists():
-        ls.inject(encoder, ls.read_adapter(directory / ADAPTER))
+        inject(encoder, read_adapter(directory / ADAPTER))
     policy.load_state_dict(load_file(directory / HEADS), strict=False)
     return policy
 

@@ -45,15 +45,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         faults = [
-            f"{name}={value}: use a whole number from 1"
+            f"{name}={value}: use a number above 0"
             for name, value in asdict(self).items()
-            if isinstance(value, int) and value < 1
+            if name != "entropy" and isinstance(value, int | float) and value <= 0
         ]
-        faults += [f"{n} is empty" for n in ("seeds", "ranks") if not getattr(self, n)]
+        for name, least in (("seeds", 0), ("ranks", 1)):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
+            if not values or min(values) < least or len(set(values)) < len(values):
+                faults.append(f"{name}={list(values)}: use different whole numbers from {least}")
         if self.steps < self.games * self.rollout:
-            faults.append(f"steps={self.steps} is less than one rollout, {self.games * self.rollout}")
+            faults.append(f"steps={self.steps}: one rollout alone has {self.games * self.rollout}")
+        if not (self.entropy >= 0 and self.discount <= 1):
+            faults.append(f"entropy={self.entropy}, discount={self.discount}: use at least 0, and at most 1")
         if faults:
-            raise ConfigError("pixels: " + "; ".join(faults) + ".")
+            raise ConfigError("pixels cannot run:\n  " + "\n  ".join(faults))
 
     def arms(self) -> list[Arm]:
         """Every way to treat the encoder, in the order of the figure."""

@@ -40,6 +40,9 @@ def learn_to_see(settings: Settings, seed: int, out: Path) -> Path:
     """Phase one: collect frames by random play and train the autoencoder; returns its folder.
 
     The encoder lies there as a base that `lorasmith check --base` reads: `config.json` and safetensors.
+
+    Raises:
+        TrainingError: no episode ended, so there is no return of random play to compare with.
     """
     directory = out / "encoders" / encoder_key(settings, seed)
     if directory.exists():
@@ -47,6 +50,7 @@ def learn_to_see(settings: Settings, seed: int, out: Path) -> Path:
     with _one_thread(), _whole_or_not_at_all(directory) as part:
         started = time.process_time()
         frames, returns = play_at_random(settings, seed, settings.frames)
+        _require_episodes(returns, "frames", settings.frames)
         encoder, decoder, losses = train_autoencoder(
             frames, latent=settings.latent, updates=settings.updates, batch=256, learning_rate=1e-3, seed=seed
         )
@@ -66,7 +70,7 @@ def learn_to_play(settings: Settings, arm: Arm, seed: int, out: Path) -> Path:
     """Phase two: PPO, with the encoder treated as `arm` says; returns the folder of the policy.
 
     Raises:
-        TrainingError: a weight that was to stay frozen has moved.
+        TrainingError: a weight that was to stay frozen has moved, or no episode ended.
     """
     directory = out / "arms" / arm_key(settings, arm, seed)
     if directory.exists():
@@ -78,6 +82,7 @@ def learn_to_play(settings: Settings, arm: Arm, seed: int, out: Path) -> Path:
         ppo = new_ppo(settings, arm, base, seed)
         record = Returns()
         ppo.learn(settings.steps, callback=record)
+        _require_episodes(record.returns, "steps", settings.steps)
         if arm.way in ("frozen", "lora"):
             _check_frozen(ppo.policy, base, arm)
         provenance = {
@@ -110,7 +115,7 @@ def new_ppo(settings: Settings, arm: Arm, base: dict[str, Tensor], seed: int) ->
 def play_at_random(settings: Settings, seed: int, frames: int) -> tuple[Tensor, list[float]]:
     """The frames of random play, uint8 (count, channels, side, side), and the return of each whole episode."""
     games = VecMonitor(DummyVecEnv(seeded_games(settings.game, settings.games, seed)))
-    seen, returns = [games.reset()], []
+    seen, returns = [np.array(games.reset())], list[float]()
     chance = np.random.default_rng(seed)
     while len(seen) * settings.games < frames:
         actions = chance.integers(games.action_space.n, size=settings.games)  # type: ignore[attr-defined]
@@ -155,9 +160,18 @@ def _ended(infos: Any) -> list[float]:
     return [float(info["episode"]["r"]) for info in infos if "episode" in info]
 
 
+def _require_episodes(returns: list[float], name: str, value: int) -> None:
+    if not returns:
+        raise TrainingError(
+            f"no episode ended within {name}={value}, so there is no return to report; raise it."
+        )
+
+
 def _check_frozen(policy: ActorCriticPolicy, base: dict[str, Tensor], arm: Arm) -> None:
     if not same_bits(encoder_of(policy).state_dict(), base, base):
-        raise TrainingError(f"{arm.name}: the encoder's base changed while PPO ran, and it was to stay frozen.")
+        raise TrainingError(
+            f"{arm.name}: the encoder's base changed while PPO ran, and it was to stay frozen."
+        )
 
 
 @contextmanager

@@ -87,9 +87,7 @@ def summarise(
     return {
         "settings": settings.to_dict(),
         "random": {"last_returns": chance, "mean": statistics.fmean(chance)},
-        "autoencoders": [
-            {key: sight[key] for key in ("seed", "loss", "pixel_variance")} for sight in sights
-        ],
+        "autoencoders": [{key: sight[key] for key in ("seed", "loss", "pixel_variance")} for sight in sights],
         "arms": rows,
         "lora_above_frozen": all(row["above_frozen"]["holds"] for row in adapted),
         "lora_above_random": all(row["above_random"]["holds"] for row in adapted),
