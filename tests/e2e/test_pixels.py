@@ -30,7 +30,9 @@ def test_one_command_runs_resumes_and_its_adapter_is_like_any_other(tmp_path, ca
     assert json.loads((tmp_path / "pixels.json").read_text()) == first
     with Image.open(tmp_path / "policy.gif") as film:
         assert film.n_frames == 10
-    assert all(Image.open(tmp_path / name).width > 600 for name in ("arms.png", "reconstructions.png"))
+    for name in ("arms.png", "reconstructions.png"):
+        with Image.open(tmp_path / name) as drawn:
+            assert drawn.width > 600
 
     runs = {folder: folder.stat().st_mtime_ns for folder in (tmp_path / "arms").iterdir()}
     assert main(command) == first_code

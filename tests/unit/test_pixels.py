@@ -39,6 +39,7 @@ TINY = Settings(
     games=4,
     rollout=64,
     batch=64,
+    learning_rate=1e-2,
 )
 LORA = Arm("lora", 2)
 
@@ -123,7 +124,7 @@ def test_frames_of_another_size_are_refused():
 
 def test_the_autoencoder_explains_frames_and_repeats(frames):
     def fit(seed):
-        return train_autoencoder(frames, latent=16, updates=300, batch=64, learning_rate=3e-3, seed=seed)
+        return train_autoencoder(frames, latent=16, updates=150, batch=64, learning_rate=1e-2, seed=seed)
 
     encoder, decoder, losses = fit(0)
     x = frames.float() / 255
