@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow test-browser check clean
+.PHONY: venv demo pixels test test-slow test-browser check clean
 venv: $(STAMP)
 
 # A pinned torch comes as a CPU build; an unpinned one may pull several GB of CUDA.
@@ -16,6 +16,10 @@ $(STAMP): pyproject.toml constraints.txt
 OUT ?= quickstart
 demo: $(STAMP)
 	$(BIN)/lorasmith quickstart --out $(OUT)
+
+# half an hour on two cores; run again, it goes on where it stopped
+pixels: $(STAMP)
+	$(BIN)/python -m lorasmith.recipes.pixels --out pixels
 
 test: $(STAMP)
 	$(BIN)/pytest -m "not slow and not browser" tests
