@@ -59,7 +59,7 @@ def sweep(
 
 
 def _run(flags: dict[str, Any], lora: dict[str, Any], train: dict[str, Any], *, as_json: bool) -> None:
-    from lorasmith.sweep.grid import parse_grid, points
+    from lorasmith.sweep import parse_grid, points
 
     made = points(parse_grid(flags["grid"]), lora, train)  # a wrong grid is told before the base is loaded
 

@@ -97,16 +97,15 @@ def _in_order(varied: Mapping[str, Mapping[str, Any]], axis: str) -> list[str]:
 def _heat_map(panel: Any, found: Mapping[tuple[str, ...], tuple[float, float, int]], axes: Sequence[str],
               values: Sequence[Sequence[str]]) -> None:  # fmt: skip
     grid = [[found.get((x, y), (math.nan, 0.0, 0))[0] for x in values[0]] for y in values[1]]
-    low, high = (f(v for row in grid for v in row if not math.isnan(v)) for f in (min, max))
-    # one bad rate would leave the rest one colour, so the scale ends at the median's double distance
     ordered = sorted(v for row in grid for v in row if not math.isnan(v))
-    high = (
-        min(high, low + 2 * (ordered[len(ordered) // 2] - low)) if ordered[len(ordered) // 2] > low else high
-    )
+    low, middle, high = ordered[0], ordered[len(ordered) // 2], ordered[-1]
+    # one bad rate would leave the rest one colour, so the scale ends at the median's double distance
+    high = min(high, low + 2 * (middle - low)) if middle > low else high
     image = panel.imshow(
         grid, cmap="viridis_r", vmin=low, vmax=max(high, low + 1e-9), aspect="auto", origin="lower"
     )
-    panel.figure.colorbar(image, ax=panel, fraction=0.046, pad=0.03, extend="max")
+    cut = "max" if high < ordered[-1] else "neither"
+    panel.figure.colorbar(image, ax=panel, fraction=0.046, pad=0.03, extend=cut)
     panel.set_xticks(range(len(values[0])), values[0])
     panel.set_yticks(range(len(values[1])), values[1])
     for (x, y), (mean, spread, count) in found.items():
