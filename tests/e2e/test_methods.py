@@ -75,7 +75,7 @@ def test_a_full_fine_tune_is_a_base(place):
     )
     refused = run("eval", "--base", place / "base", *data, "--adapter", folder)
     assert refused.exit_code == 2
-    assert "for --base" in refused.stderr
+    assert "give it as --base" in refused.stderr
 
 
 @pytest.mark.parametrize(
