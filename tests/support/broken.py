@@ -72,9 +72,9 @@ def write_anisotropic_base(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def serving(place: Path, patch: Any, fault: Break | None = None) -> Iterator[Running]:
+def serving(place: Path, patch: Any, fault: Break | None = None, **config: Any) -> Iterator[Running]:
     """A server with an admin, of the base in `place`, with a new store."""
-    gateway = make_gateway(place, keys=make_keys(admin=ADMIN), max_rows=4)
+    gateway = make_gateway(place, keys=make_keys(admin=ADMIN), max_rows=4, **config)
     with Running(gateway, patch, fault) as running:
         yield running
 

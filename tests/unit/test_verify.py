@@ -54,14 +54,14 @@ def base(place):
 def start(place, monkeypatch, tmp_path):
     """A server of its own store: ours, or one with a fault."""
     (tmp_path / BASE_ID).symlink_to(place / BASE_ID)
-    return lambda fault=None: broken.serving(tmp_path, monkeypatch, fault)
+    return lambda fault=None, **config: broken.serving(tmp_path, monkeypatch, fault, **config)
 
 
 @pytest.fixture
 def run(start, base):
     """Test a server with a fault, or ours."""
 
-    def with_fault(fault=None, admin_key=broken.ADMIN):
+    def with_fault(fault=None, admin_key=broken.ADMIN, **config):
         timeout_s = 2 if fault is broken.who_leaves_keeps_the_row else 60
 
         async def conversation(url):
@@ -69,7 +69,7 @@ def run(start, base):
                 options = Options(burst=24, hang_ups=16, load_tokens=32)
                 return await verify(client, base, base.tokenizer, options, None, lambda _: None)
 
-        with start(fault) as running:
+        with start(fault, **config) as running:
             return asyncio.run(conversation(running.url))
 
     return with_fault
@@ -93,6 +93,16 @@ def test_a_broken_server_fails_the_test_that_is_meant_for_it(run, fault):
     failed = {t.id: "\n".join(t.found) for t in run(fault).tests if t.outcome == "failed"}
     assert failed.keys() == {test}, failed
     assert re.search(seen, failed[test]), failed
+
+
+def test_refusing_with_429_is_no_fault(run):
+    verdict = run(max_waiting=2)
+    overload = next(t for t in verdict.tests if t.id == "overload")
+    assert outcomes(verdict, "failed") == set(), verdict.tests
+    answered, refused = map(int, re.search(r"(\d+) answered, (\d+) refused", overload.notes[0]).groups())
+    assert answered + refused == 24
+    assert refused > 0
+    assert len(overload.notes) == 1, "our refusals carry Retry-After"
 
 
 def test_vllms_api_is_spoken(run):

@@ -35,7 +35,7 @@ def verify(
     key: Annotated[str | None, typer.Option(envvar="LORASMITH_KEY", show_envvar=True)] = None,
     admin_key: Annotated[str | None, typer.Option(envvar="LORASMITH_ADMIN_KEY", show_envvar=True)] = None,
     timeout_s: Annotated[float, typer.Option(help="Longest wait for one answer.", min=1)] = 120.0,
-    burst: Annotated[int, typer.Option(help="Requests at once in the overload test.", min=2)] = 64,
+    burst: Annotated[int, typer.Option(help="Requests at once in the overload test.", min=2)] = 128,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:

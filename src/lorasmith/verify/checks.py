@@ -47,9 +47,9 @@ class Session:
     directories: dict[str, Path]
     spare: dict[str, Path]
     bad: dict[str, Path]
-    burst: int = 64
+    burst: int = 128
     hang_ups: int = 40
-    load_tokens: int = 64
+    load_tokens: int = 32
     alone: dict[str, bool] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     nobody: str | None = None  # who answers for an unknown name
@@ -116,7 +116,9 @@ async def mixed_batch(s: Session) -> list[str]:
     able = _able(s, 2)
     asked = [name for _ in range(MIXED_ROUNDS) for name in able]
     replies = await asyncio.gather(*(s.ask(name, tokens=4 * ANSWER_TOKENS) for name in asked))
-    return _found(s.fault(*pair) for pair in zip(asked, replies, strict=True) if pair[0] != BASE)
+    judged = [(n, r) for n, r in zip(asked, replies, strict=True) if n != BASE and not r.is_busy]
+    s.notes.append(f"{len(asked)} at once; {len(judged)} answers of adapters judged")
+    return _found(s.fault(*pair) for pair in judged)
 
 
 async def prefix_cache(s: Session) -> list[str]:

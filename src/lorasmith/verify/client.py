@@ -15,6 +15,7 @@ from lorasmith.errors import ConfigError
 from lorasmith.verify.probes import Messages
 
 REFUSED = range(400, 500)
+BUSY = (429, 503)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Reply:
     def is_refusal(self) -> bool:
         """A clear no: a 4xx."""
         return self.status in REFUSED
+
+    @property
+    def is_busy(self) -> bool:
+        """Too much at once; ask again later."""
+        return self.status in BUSY
 
     @property
     def is_ok(self) -> bool:

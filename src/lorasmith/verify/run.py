@@ -87,9 +87,9 @@ class Options:
 
     api: str = "auto"
     base_model: str | None = None
-    burst: int = 64
+    burst: int = 128
     hang_ups: int = 40
-    load_tokens: int = 64
+    load_tokens: int = 32
 
 
 Report = Callable[[str], None]

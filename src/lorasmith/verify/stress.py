@@ -8,8 +8,6 @@ from collections import Counter
 from lorasmith.verify.checks import Session, Skipped, title
 from lorasmith.verify.probes import BASE
 
-BUSY = (429, 503)
-
 
 async def hang_ups(s: Session) -> list[str]:
     """Clients that leave in the middle of a stream hold nobody up."""
@@ -33,9 +31,11 @@ async def overload(s: Session) -> list[str]:
     names = [n for n, is_right in s.alone.items() if is_right] or [BASE]
     asked = [names[i % len(names)] for i in range(s.burst)]
     replies = await asyncio.gather(*(s.ask(n, s.prompts.short(), s.load_tokens) for n in asked))
-    lost = Counter(str(r) for r in replies if not r.is_ok and r.status not in BUSY)
-    refused = sum(r.status in BUSY for r in replies)
-    s.notes.append(f"{s.burst} at once: {sum(r.is_ok for r in replies)} answered, {refused} refused")
+    lost = Counter(str(r) for r in replies if not r.is_ok and not r.is_busy)
+    refused = [r for r in replies if r.is_busy]
+    s.notes.append(f"{s.burst} at once: {sum(r.is_ok for r in replies)} answered, {len(refused)} refused")
+    if silent := sum(r.retry_after is None for r in refused):
+        s.notes.append(f"{silent} refusals do not say when to ask again (Retry-After)")
     faults = [f"{count} of {s.burst} requests at once: {what}" for what, count in lost.most_common(3)]
     if not any(r.is_ok for r in replies) and not faults:
         faults.append(f"none of {s.burst} requests at once was answered")
