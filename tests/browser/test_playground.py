@@ -43,7 +43,7 @@ def choose(page, model):
 
 
 def side_by_side(page):
-    page.get_by_text("Side by side").click()
+    page.get_by_text("Side by side", exact=True).click()
 
 
 def wait_until(condition, timeout_s=10.0):
