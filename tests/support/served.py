@@ -16,7 +16,6 @@ from contextlib import closing, contextmanager
 import uvicorn
 
 from lorasmith.server.guard import App
-
 from tests.support.server import BASE_ID
 
 
