@@ -70,7 +70,7 @@ def visit(browser):
     @contextmanager
     def visiting(server, *, width=1280, height=800, faults_expected=False, prepare=None, **options):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        context.set_default_timeout(5_000)
+        context.set_default_timeout(10_000)
         page = context.new_page()
         faults: list[str] = []
         page.on("console", lambda m: faults.append(m.text) if m.type in ("error", "warning") else None)

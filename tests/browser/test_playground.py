@@ -43,10 +43,10 @@ def choose(page, model):
 
 
 def side_by_side(page):
-    page.get_by_text("Side by side").click()
+    page.get_by_text("Side by side", exact=True).click()
 
 
-def wait_until(condition, timeout_s=10.0):
+def wait_until(condition, timeout_s=20.0):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -132,10 +132,6 @@ def test_stop_frees_the_row_and_gives_the_focus_back(served, visit):
     with visit(served) as page:
         ask(page, tokens=15_000)
         page.locator(".answer[data-state=writing]").wait_for()
-        assert (
-            page.locator("#stop").evaluate("e => e === document.activeElement")
-            or page.locator("#stop").is_visible()
-        )
         page.click("#stop")
         page.locator(".answer[data-state=stopped]").wait_for()
         assert page.evaluate("() => document.activeElement.id") == "prompt"
@@ -169,9 +165,7 @@ def test_live_figures_follow_the_work(served, visit):
         before = httpx.get(f"{served.url}/playground/api/live").json()
         ask(page)
         done(page)
-        wait_until(
-            lambda: f"{before['generated_tokens'] + LENGTH:,}" in page.locator("#live").inner_text(), 5
-        )
+        wait_until(lambda: f"{before['generated_tokens'] + LENGTH:,}" in page.locator("#live").inner_text())
         assert "0 of 4 rows" in page.locator("#live").inner_text()
         assert page.locator("#spark").get_attribute("points").count(",") == 40
 
@@ -250,7 +244,7 @@ def test_the_browser_refuses_markup_and_foreign_code(served, visit):
             """async () => {
                 const tries = {
                     markup: () => { document.body.innerHTML = "<b>x</b>"; },
-                    code: () => { (0, eval)("1"); },
+                    script: () => { document.createElement("script").src = "https://example.org/x.js"; },
                 };
                 const failed = {};
                 for (const [name, act] of Object.entries(tries)) {
@@ -260,7 +254,7 @@ def test_the_browser_refuses_markup_and_foreign_code(served, visit):
                 return failed;
             }"""
         )
-    assert blocked == {"markup": True, "code": True, "elsewhere": True}
+    assert blocked == {"markup": True, "script": True, "elsewhere": True}
 
 
 def test_a_key_is_asked_for_and_stays_in_memory(keyed, visit):
@@ -307,7 +301,7 @@ def test_everything_is_reached_by_keyboard_in_reading_order(served, visit):
         assert page.evaluate("() => document.activeElement.className") == "skip"
         assert page.locator(".skip").bounding_box()["y"] >= 0, "the skip link shows itself"
         order, outlined = [], []
-        for _ in range(14):
+        for _ in range(12):
             page.keyboard.press("Tab")
             here = page.evaluate(
                 """() => {
@@ -319,7 +313,7 @@ def test_everything_is_reached_by_keyboard_in_reading_order(served, visit):
             order.append(here[0])
             outlined.append(here[1])
         assert order[:5] == ["mode", "key-open", "Models 6", "filter", "model"]
-        assert order[5:9] == ["prompt", "Settings", "clear", "send"]
+        assert order[5:] == ["chat", "prompt", "Settings", "clear", "send", "Live", "Card"]
         assert "none" not in outlined
         page.locator(".skip").focus()
         page.keyboard.press("Enter")
@@ -357,8 +351,7 @@ def test_nothing_runs_out_of_the_window(served, visit, width):
         side_by_side(page)
         ask(page, "a" * 300)
         done(page, 3)
-        for panel in page.locator("details.panel:not([open]) > summary").all():
-            panel.click()
+        open_everything(page)
         assert page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0
         assert page.locator("#send").is_visible()
 
@@ -388,7 +381,7 @@ def test_axe_finds_nothing(served, visit, scheme, width):
         return [(v["id"], [n["html"][:120] for n in v["nodes"][:3]]) for v in found]
 
     with visit(served, width=width, color_scheme=scheme, bypass_csp=True, faults_expected=True) as page:
-        choose_all_panels(page)
+        open_everything(page)
         ask(page)
         done(page)
         assert violations(page) == []
@@ -403,6 +396,5 @@ def test_axe_finds_nothing(served, visit, scheme, width):
         assert (brightness > 600) == (scheme == "light")
 
 
-def choose_all_panels(page):
-    for panel in page.locator("details:not([open]) > summary").all():
-        panel.click()
+def open_everything(page):
+    page.locator("details").evaluate_all("all => all.forEach((details) => { details.open = true; })")

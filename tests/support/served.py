@@ -1,14 +1,21 @@
-"""`lorasmith serve` as a process of its own."""
+"""`lorasmith serve` as a process of its own; and any application on a socket of this process."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
+import uvicorn
+
+from lorasmith.server.guard import App
 from tests.support.server import BASE_ID
 
 
@@ -57,3 +64,21 @@ class Served:
         self.process.stdout.close()
         self.process.stderr.close()
         return code
+
+
+@contextmanager
+def in_thread(app: App) -> Iterator[str]:
+    """An application on a real socket, in a thread of this process; yields its address."""
+    with closing(socket.socket()) as bound:
+        bound.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        try:
+            while not server.started:
+                assert thread.is_alive(), "the server did not start"
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -81,9 +81,17 @@ def load_base(
 
 
 def match_base(provenance: Mapping[str, Any], fingerprint: Fingerprint) -> bool | None:
-    """Whether an adapter's sidecar names this base; None where it names none (another tool's adapter)."""
-    noted = provenance.get("base", {}).get("fingerprint")
-    return None if noted is None else not Fingerprint.from_dict(noted).differences(fingerprint)
+    """Whether an adapter's sidecar names this base; None where it names none (another tool's adapter).
+
+    Raises:
+        ConfigError: it names one in a form that nobody writes.
+    """
+    base = provenance.get("base")
+    noted = base.get("fingerprint") if isinstance(base, Mapping) else base
+    if noted is None:
+        return None
+    values = dict(noted) if isinstance(noted, Mapping) else {}
+    return not Fingerprint.from_dict(values).differences(fingerprint)
 
 
 def require_base(provenance: Mapping[str, Any], base: Base) -> None:

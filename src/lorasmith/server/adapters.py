@@ -94,10 +94,11 @@ class Adapters:
     def models(self, tenant: Tenant) -> list[dict[str, Any]]:
         """Entries of /v1/models: the base, and every alias that this tenant may use."""
         entries = [_entry(self.base_id, None)] if tenant.may_use(self.base_id) else []
+        aliases = self.store.aliases()  # first: whatever they point to is among the versions, or gone
         versions = {(v.name, v.version): v for v in self.store.versions()}
-        for alias in self.store.aliases():
-            if tenant.may_use(alias.alias) and alias.digest not in self._withdrawn:
-                version = versions[alias.name, alias.version]
+        for alias in aliases:
+            version = versions.get((alias.name, alias.version))
+            if version is not None and tenant.may_use(alias.alias) and alias.digest not in self._withdrawn:
                 canary = alias.to_dict()["canary"]
                 about = {
                     "digest": alias.digest,
@@ -167,8 +168,8 @@ class Adapters:
     def preload(self, report: Callable[[str, LoraSmithError | None], None]) -> None:
         """Load what aliases point to, as far as it fits, and report each."""
         for alias in self.store.aliases()[: self._max_adapters]:
-            version = self.store.resolve(f"{alias.alias}@{alias.version}")
             try:
+                version = self.store.resolve(f"{alias.alias}@{alias.version}")
                 self.load(version.digest, _plain(version.base))
                 report(alias.alias, None)
             except LoraSmithError as error:

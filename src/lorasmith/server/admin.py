@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorasmith.bases import match_base, read_headers
 from lorasmith.errors import ConfigError, DeadlineError, OverloadedError, UnknownAdapterError
 from lorasmith.server.gateway import Gateway
-from lorasmith.store import BaseFacts, Staged
+from lorasmith.store import BaseFacts, Staged, Version
 
 MAX_UPLOADS = 16
 LONGEST_UPLOAD_S = 3600.0
+MAX_VERSION = 999_999_999
+FILE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ModelBody(_Body):
@@ -42,8 +51,8 @@ class CanaryBody(_Body):
     """Give `version` a share of the alias's requests."""
 
     alias: str
-    version: int
-    share: float
+    version: int = Field(ge=1, le=MAX_VERSION)
+    share: float = Field(ge=0, le=1)
 
 
 class RollbackBody(_Body):
@@ -73,55 +82,106 @@ class DrainBody(_Body):
     timeout_s: float | None = Field(None, ge=0, le=3600)
 
 
+@dataclass(eq=False)
+class _Upload:
+    """One adapter on its way in. While a file is being received, nobody may take it."""
+
+    stack: ExitStack
+    staged: Staged
+    since: float
+    receiving: int = 0
+
+
 class Uploads:
-    """Adapters on their way in, each in a private directory of the store, under an id of ours."""
+    """Adapters on their way in, each in a private directory of the store, under an id of ours. Thread-safe."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._open: dict[str, tuple[ExitStack, Staged, float]] = {}
+        self._lock = threading.Lock()
+        self._open: dict[str, _Upload] = {}
 
     def begin(self) -> str:
         """Make room for one adapter; return its id."""
-        for old in [
-            u for u, (*_, since) in self._open.items() if time.monotonic() - since > LONGEST_UPLOAD_S
-        ]:
-            self.drop(old)
-        if len(self._open) >= MAX_UPLOADS:
-            raise OverloadedError(f"{MAX_UPLOADS} uploads are open; finish or drop one", 60)
-        stack = ExitStack()
-        staged = stack.enter_context(self._gateway.store.stage())
-        upload = secrets.token_hex(16)
-        self._open[upload] = (stack, staged, time.monotonic())
+        self._drop_old()
+        upload, stack = secrets.token_hex(16), ExitStack()
+        with self._lock:
+            if len(self._open) >= MAX_UPLOADS:
+                raise OverloadedError(f"{MAX_UPLOADS} uploads are open; finish or drop one", 60)
+            staged = stack.enter_context(self._gateway.store.stage())
+            self._open[upload] = _Upload(stack, staged, time.monotonic())
         return upload
 
-    def get(self, upload: str) -> Staged:
-        """The directory of an upload."""
-        if upload not in self._open:
-            raise UnknownAdapterError("there is no upload of that id")
-        return self._open[upload][1]
+    @contextmanager
+    def receiving(self, upload: str) -> Iterator[Staged]:
+        """The directory of an upload, while one file comes in."""
+        with self._lock:
+            found = self._get(upload)
+            found.receiving += 1
+        try:
+            yield found.staged
+        finally:
+            with self._lock:
+                found.receiving -= 1
+
+    @contextmanager
+    def taken(self, upload: str) -> Iterator[Staged]:
+        """The directory of an upload, which nobody can write to any more and which is gone afterwards.
+
+        Raises:
+            ConfigError: a file of it is still coming in.
+        """
+        with self._lock:
+            if self._get(upload).receiving:
+                raise ConfigError("a file of this upload is still coming in")
+            found = self._open.pop(upload)
+        with found.stack:
+            yield found.staged
 
     def drop(self, upload: str) -> None:
         """Delete what is left of an upload."""
-        self.get(upload)
-        self._open.pop(upload)[0].close()
+        with self.taken(upload):
+            pass
 
     def close(self) -> None:
         """Drop all."""
-        for upload in list(self._open):
-            self.drop(upload)
+        with self._lock:
+            everything, self._open = list(self._open.values()), {}
+        for upload in everything:
+            upload.stack.close()
+
+    def _drop_old(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            old = [u for u, x in self._open.items() if now - x.since > LONGEST_UPLOAD_S and not x.receiving]
+        for upload in old:
+            with suppress(UnknownAdapterError):
+                self.drop(upload)
+
+    def _get(self, upload: str) -> _Upload:
+        if upload not in self._open:
+            raise UnknownAdapterError("there is no upload of that id")
+        return self._open[upload]
 
 
 def routes(gateway: Gateway, uploads: Uploads) -> APIRouter:
     """The router, around a gateway."""
     router = APIRouter(prefix="/admin")
-    store, adapters, run = gateway.store, gateway.adapters, gateway.in_thread
+    _add_reading(router, gateway)
+    _add_serving(router, gateway)
+    _add_aliases(router, gateway)
+    _add_uploads(router, gateway, uploads)
+    return router
+
+
+def _add_reading(router: APIRouter, gateway: Gateway) -> None:
+    store, run = gateway.store, gateway.in_thread
 
     @router.get("/status")
     async def status() -> dict[str, Any]:
         return {
             "ready": gateway.why_not_ready() is None, "why_not": gateway.why_not_ready(),
             "draining": gateway.is_draining, "base": gateway.config.base_id,
-            "base_fingerprint": gateway.base_fingerprint, "loaded": adapters.loaded,
+            "base_fingerprint": gateway.base_fingerprint, "loaded": gateway.adapters.loaded,
             "running_rows": gateway.queue.running_rows, "waiting": gateway.queue.waiting,
             "isolation_mismatches": gateway.mismatches, "engine_restarts": gateway.engine.restarts,
         }  # fmt: skip
@@ -132,8 +192,12 @@ def routes(gateway: Gateway, uploads: Uploads) -> APIRouter:
         return {"versions": [v.to_dict() for v in versions], "aliases": [a.to_dict() for a in aliases]}
 
     @router.get("/audit")
-    async def audit(limit: int = 100) -> dict[str, Any]:
-        return {"entries": [vars(e) for e in await run(store.audit, max(1, min(limit, 1000)))]}
+    async def audit(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
+        return {"entries": [vars(e) for e in await run(store.audit, limit)]}
+
+
+def _add_serving(router: APIRouter, gateway: Gateway) -> None:
+    store, adapters, run = gateway.store, gateway.adapters, gateway.in_thread
 
     @router.post("/load")
     async def load(body: ModelBody) -> dict[str, Any]:
@@ -148,6 +212,21 @@ def routes(gateway: Gateway, uploads: Uploads) -> APIRouter:
         await run(adapters.unload, version.digest)
         return version.to_dict()
 
+    @router.post("/remove")
+    async def remove(body: RemoveBody) -> dict[str, Any]:
+        gone = await run(store.remove, body.model, drop_aliases=body.drop_aliases)
+        await run(adapters.sweep)
+        return {"removed": [v.to_dict() for v in gone]}
+
+    @router.post("/drain")
+    async def drain(body: DrainBody) -> dict[str, Any]:
+        await gateway.drain(body.timeout_s)
+        return {"draining": True, "running_rows": gateway.queue.running_rows}
+
+
+def _add_aliases(router: APIRouter, gateway: Gateway) -> None:
+    store, run = gateway.store, gateway.in_thread
+
     @router.post("/alias")
     async def alias(body: AliasBody) -> dict[str, Any]:
         _refuse_base_name(gateway, body.alias)
@@ -161,25 +240,18 @@ def routes(gateway: Gateway, uploads: Uploads) -> APIRouter:
     async def rollback(body: RollbackBody) -> dict[str, Any]:
         return (await run(store.rollback, body.alias)).to_dict()
 
-    @router.post("/remove")
-    async def remove(body: RemoveBody) -> dict[str, Any]:
-        gone = await run(store.remove, body.model, drop_aliases=body.drop_aliases)
-        await run(adapters.sweep)
-        return {"removed": [v.to_dict() for v in gone]}
 
-    @router.post("/drain")
-    async def drain(body: DrainBody) -> dict[str, Any]:
-        await gateway.drain(body.timeout_s)
-        return {"draining": True, "running_rows": gateway.queue.running_rows}
+def _add_uploads(router: APIRouter, gateway: Gateway, uploads: Uploads) -> None:
+    run = gateway.in_thread
 
     @router.post("/uploads")
     async def begin() -> dict[str, Any]:
         return {"upload": await run(uploads.begin)}
 
-    @router.put("/uploads/{upload}/{file}")
+    @router.put("/uploads/{upload}/{file}", openapi_extra=FILE_BODY)
     async def put(upload: str, file: str, request: Request) -> dict[str, Any]:
-        staged = uploads.get(upload)
-        size = await _receive_file(gateway, staged, file, request.stream())
+        with uploads.receiving(upload) as staged:
+            size = await _receive_file(gateway, staged, file, request.stream())
         return {"upload": upload, "file": file, "bytes": size}
 
     @router.delete("/uploads/{upload}")
@@ -189,17 +261,13 @@ def routes(gateway: Gateway, uploads: Uploads) -> APIRouter:
 
     @router.post("/adapters")
     async def add(body: AddBody) -> dict[str, Any]:
-        staged = uploads.get(body.upload)
-        try:
-            _refuse_base_name(gateway, body.name)
-            version = await run(
-                store.add_staged, body.name, staged, base=base_facts(gateway), promote=body.promote
-            )
-        finally:
-            await run(uploads.drop, body.upload)
-        return version.to_dict()
+        return (await run(_add, gateway, uploads, body)).to_dict()
 
-    return router
+
+def _add(gateway: Gateway, uploads: Uploads, body: AddBody) -> Version:
+    with uploads.taken(body.upload) as staged:
+        _refuse_base_name(gateway, body.name)
+        return gateway.store.add_staged(body.name, staged, base=base_facts(gateway), promote=body.promote)
 
 
 def base_facts(gateway: Gateway) -> BaseFacts | None:

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from lorasmith.errors import LoraSmithError
@@ -18,15 +19,27 @@ from lorasmith.server.guard import LIVE, App, Guard
 from lorasmith.server.metrics import CONTENT_TYPE
 from lorasmith.server.status import HTTP_CODES, body_of, error_body, headers_of, status_of
 
+ERROR_BODY = {
+    "type": "object", "required": ["error"],
+    "properties": {"error": {
+        "type": "object", "required": ["message", "type", "code", "request_id"],
+        "properties": {
+            "message": {"type": "string"}, "type": {"type": "string"}, "code": {"type": "string"},
+            "param": {"type": ["string", "null"]}, "request_id": {"type": "string"},
+        },
+    }},
+}  # fmt: skip
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
+    status: {"description": text, "content": {"application/json": {"schema": ERROR_BODY}}}
     for status, text in (
         (400, "the request cannot be used"), (401, "no valid key"), (404, "no such model, for this key"),
+        (405, "no such method here"), (408, "the body did not arrive in time"),
         (409, "an adapter of another base"), (413, "the body is too large"), (415, "the body is no JSON"),
         (422, "the adapter cannot be used"), (429, "too much at once; see Retry-After"),
         (500, "the server failed"), (503, "shutting down"), (504, "not complete in time"), (507, "no space left"),
     )
 }  # fmt: skip
+KEY = [Security(HTTPBearer(auto_error=False, description="where keys are set"))]  # `Guard` is what checks it
 
 
 def create_app(gateway: Gateway, *, local_only: bool = False) -> App:
@@ -42,11 +55,11 @@ def create_app(gateway: Gateway, *, local_only: bool = False) -> App:
 
     # No /docs: its page would load scripts from elsewhere.
     app = FastAPI(title="lorasmith", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
-    app.include_router(completions.routes(gateway))
-    app.include_router(admin.routes(gateway, uploads))
+    app.include_router(completions.routes(gateway), dependencies=KEY)
+    app.include_router(admin.routes(gateway, uploads), dependencies=KEY)
     public: Collection[str] = ()
     if gateway.config.playground:
-        app.include_router(page.routes(gateway))
+        app.include_router(page.routes(gateway), dependencies=KEY)
         public = page.PUBLIC
     _add_probes(app, gateway)
     _add_error_handlers(app, gateway)
@@ -58,14 +71,14 @@ def _add_probes(app: FastAPI, gateway: Gateway) -> None:
     async def live() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/ready")
+    @app.get("/ready", dependencies=KEY)
     async def ready() -> Response:
         why_not = gateway.why_not_ready()
         gateway.metrics.ready.set(why_not is None)
         body = {"ready": why_not is None, "why_not": why_not}
         return JSONResponse(body, status_code=200 if why_not is None else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", dependencies=KEY, response_class=PlainTextResponse)
     async def metrics() -> Response:
         gateway.metrics.ready.set(gateway.why_not_ready() is None)
         return Response(await gateway.in_thread(gateway.metrics.text), media_type=CONTENT_TYPE)

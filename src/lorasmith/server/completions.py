@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from lorasmith import engine
 from lorasmith.engine import Result, TokenEvent, encode_prompt
-from lorasmith.errors import LoraSmithError
+from lorasmith.errors import ConfigError, DeadlineError, LoraSmithError
 from lorasmith.server.adapters import Resolved
 from lorasmith.server.answers import Receipt, Shape, as_event
 from lorasmith.server.gateway import Asked, Gateway, Running, outcome_of, seeded
@@ -20,6 +20,10 @@ from lorasmith.server.protocol import ChatRequest, CompletionRequest, Settings
 from lorasmith.server.status import body_of
 
 T = TypeVar("T")
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"description": "the answer, or with `stream` its events", "content": {"text/event-stream": {}}}
+}
+UNREAD_S = 1.0  # so that the stream's own deadline, which can still say why, comes first
 DEFAULT_TEMPERATURE = 1.0  # as OpenAI's API documents it
 
 
@@ -31,14 +35,14 @@ def routes(gateway: Gateway) -> APIRouter:
     """The router, around a gateway."""
     router = APIRouter(prefix="/v1")
 
-    @router.post("/chat/completions")
+    @router.post("/chat/completions", responses=ANSWER)
     async def chat(body: ChatRequest, request: Request) -> Response:
         body.refuse_unsupported()
         turns = [message.as_turn() for message in body.messages]
         limit = body.max_completion_tokens or body.max_tokens
         return await _answer(gateway, request, body, [turns], limit, bool(body.logprobs))
 
-    @router.post("/completions")
+    @router.post("/completions", responses=ANSWER)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         body.refuse_unsupported()
         return await _answer(
@@ -73,7 +77,9 @@ async def _answer(
     logprobs: bool,
 ) -> Response:
     tenant, request_id = _tenant(request), request.state.request_id
-    asked = await gateway.in_thread(_prepare, gateway, tenant, request_id, body, prompts, limit, logprobs)
+    _refuse_many(gateway, len(prompts) * (body.n or 1))
+    with gateway.queue.preparing(tenant):
+        asked = await gateway.in_thread(_prepare, gateway, tenant, request_id, body, prompts, limit, logprobs)
     request.state.log = {"model": asked.resolved.model, "digest": asked.resolved.digest}
     receipt = Receipt(asked.resolved, gateway.config.base_id, gateway.base_fingerprint)
     shape = Shape.new(
@@ -94,6 +100,12 @@ async def _answer(
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
     events = _stream(gateway, running, shape, request_id, wants_usage=wants_usage)
     return _EventStream(events, gateway, running, headers=receipt.headers())
+
+
+def _refuse_many(gateway: Gateway, choices: int) -> None:
+    """Before the prompts are tokenised, and a `Request` is made for each."""
+    if choices > gateway.config.max_choices:
+        raise ConfigError(f"{choices} choices; at most {gateway.config.max_choices} are made at once")
 
 
 def _prepare(
@@ -183,9 +195,13 @@ class _EventStream(StreamingResponse):
         self._gateway, self._running = gateway, running
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send, then clean up."""
+        """Send, then clean up. A client that stops reading holds its rows no longer than the others."""
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(self._gateway.left_s(self._running) + UNREAD_S):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            self._gateway.close_running(self._running, "deadline")
+            raise DeadlineError("the client did not read its answer in time") from None
         finally:
             self._gateway.close_running(self._running, "disconnected")
             scope["state"].setdefault("log", {}).update(_log_fields(self._running))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lorasmith.errors import OverloadedError
@@ -44,6 +46,7 @@ class FairQueue:
         self._max_waiting = max_waiting
         self._max_per_tenant = max_waiting_per_tenant
         self._lines: dict[str, _Line] = {}
+        self._preparing: Counter[str] = Counter()
         self.running_rows = 0
         self._seconds_per_request = 1.0
 
@@ -61,6 +64,22 @@ class FairQueue:
     def is_idle(self) -> bool:
         """Whether nothing runs or waits."""
         return self.running_rows == 0 and self.waiting == 0
+
+    @contextmanager
+    def preparing(self, tenant: Tenant) -> Iterator[None]:
+        """Around what happens to a request before it has a place here, such as tokenising.
+
+        Raises:
+            OverloadedError: as many of this tenant's requests, or of all, are there as may wait at most.
+        """
+        mine = tenant.max_waiting or self._max_per_tenant
+        if self._preparing.total() >= self._max_waiting or self._preparing[tenant.name] >= mine:
+            raise OverloadedError("too many requests are being read already")
+        self._preparing[tenant.name] += 1
+        try:
+            yield
+        finally:
+            self._preparing[tenant.name] -= 1
 
     async def enter(self, tenant: Tenant, rows: int, tokens: int) -> Ticket:
         """Wait for a turn; `leave` must follow.

@@ -186,6 +186,10 @@ class Gateway:
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
             await self.in_thread(self.adapters.sweep)
+            known = {(v.name, str(v.version)) for v in await self.in_thread(self.store.versions)}
+            running = {_label(r.asked.resolved) for r in self._running}
+            self.metrics.forget(known | running | {(self.config.base_id, "")})
+            self.admitted = Counter({k: n for k, n in self.admitted.items() if k[:2] in known})
 
     # -- one request --------------------------------------------------------------------------------
 
@@ -201,10 +205,6 @@ class Gateway:
         began = time.monotonic()
         if self.is_draining:
             raise UnavailableError("this server is shutting down")
-        if len(asked.requests) > self.config.max_choices:
-            raise ConfigError(
-                f"{len(asked.requests)} choices; at most {self.config.max_choices} are made at once"
-            )
         self._check_length(asked)
         self.quotas.reserve(asked.tenant, asked.tokens)
         try:
@@ -230,8 +230,7 @@ class Gateway:
             DeadlineError: the time is over. EngineError: the engine could not go on.
             UnavailableError: the server stopped it.
         """
-        left = running.began + self.config.request_timeout_s - time.monotonic()
-        async for index, event in running.answers.events(left):
+        async for index, event in running.answers.events(self.left_s(running)):
             if isinstance(event, TokenEvent):
                 running.tokens_seen += 1
                 running.last_token_at = time.monotonic()
@@ -256,6 +255,10 @@ class Gateway:
             for index, result in running.results.items():
                 digest = running.asked.resolved.digest
                 self.shadow.offer(Check(running.sent[index], digest, result, running.asked.request_id))
+
+    def left_s(self, running: Running) -> float:
+        """Seconds until a request's time is over."""
+        return running.began + self.config.request_timeout_s - time.monotonic()
 
     @property
     def running(self) -> list[Running]:
@@ -299,7 +302,7 @@ class Gateway:
             listener = running.answers.listener(index) if asked.is_streamed else None
             running.sent.append(sent)
             await self._submit(running.answers, sent, listener, asked.resolved)
-        label = (asked.resolved.name, str(asked.resolved.version or ""), digest or "")
+        label = (*_label(asked.resolved), digest or "")
         self.admitted[label] += len(asked.requests)
 
     async def _submit(
@@ -347,8 +350,7 @@ class Gateway:
             self.mismatches += 1
 
     def _count(self, running: Running, outcome: str) -> None:
-        resolved, results = running.asked.resolved, running.results.values()
-        label = (resolved.name, str(resolved.version or ""))
+        label, results = _label(running.asked.resolved), running.results.values()
         self.metrics.requests.labels(*label, outcome).inc()
         generated = sum(len(r.token_ids) for r in results)
         self.metrics.prompt_tokens.labels(*label).inc(sum(r.prompt_tokens for r in results))
@@ -367,6 +369,10 @@ class Gateway:
         if len(results) == 1 and generated > 1:
             spent = running.last_token_at - running.first_token_at
             self.metrics.per_token_s.labels(*label).observe(spent / (generated - 1))
+
+
+def _label(resolved: Resolved) -> tuple[str, str]:
+    return resolved.name, str(resolved.version or "")
 
 
 def seeded(request: Request) -> Request:

@@ -102,9 +102,9 @@ class Guard:
             return receive
         most = self._config.max_body_bytes
         too_large = _RefusedError(413, f"the body is larger than the {most:,} bytes that are allowed")
-        if (length := headers.get("content-length", "0")).isdigit() and int(length) > most:
+        if (length := headers.get("content-length", "0")).isdecimal() and int(length) > most:
             raise too_large
-        body, more = b"", True
+        body, more = bytearray(), True
         try:
             async with asyncio.timeout(self._config.body_timeout_s):
                 while more:
@@ -117,7 +117,7 @@ class Guard:
                         raise too_large
         except TimeoutError:
             raise _RefusedError(408, "the body did not arrive in time") from None
-        return _replay(body, receive)
+        return _replay(bytes(body), receive)
 
     def _log(self, scope: Message, seen: _Seen) -> None:
         principal = scope["state"].get("principal")

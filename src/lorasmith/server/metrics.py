@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -58,6 +58,17 @@ class Metrics:
             "isolation_mismatch", "Answers that were another one when computed alone.", registry=r
         )
         self.ready = Gauge("lorasmith_ready", "1 while the server calls itself ready.", registry=r)
+
+    def forget(self, known: Collection[tuple[str, str]]) -> None:
+        """Drop the series of versions that are gone, so that a server's memory doesn't grow with its history."""
+        per_adapter = (
+            self.requests, self.prompt_tokens, self.reused_tokens, self.generated_tokens, self.first_token_s,
+            self.per_token_s,
+        )  # fmt: skip
+        for metric in per_adapter:
+            there = {(s.labels["adapter"], s.labels["version"]) for m in metric.collect() for s in m.samples}
+            for adapter, version in there - set(known):
+                metric.remove_by_labels({"adapter": adapter, "version": version})
 
     def watch(self, gateway: Gateway) -> None:
         """Also report what the engine and the queue know."""

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lorasmith.errors import ConfigError, did_you_mean
 
-MAX_CONTENT_PARTS = 256
 # Settings of OpenAI's API that change nothing here at these values, and are refused at others.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,),

@@ -6,10 +6,12 @@ import { announce, count, el, hallmark } from "./dom.js";
 export class Answer {
   text = "";
   receipt = null;
+  #shown = document.createTextNode("");
+  #frame = null;
 
   constructor(model) {
     this.model = model;
-    this.words = el("div", { className: "words", dir: "auto" });
+    this.words = el("div", { className: "words", dir: "auto" }, this.#shown);
     this.foot = el("p", { className: "receipt" });
     this.element = el("article", { className: "answer", "aria-busy": "true", "aria-label": `Answer of ${model.id}` },
       el("header", {}, hallmark(model.lorasmith?.digest), el("span", { className: "name" }, model.id)),
@@ -44,8 +46,14 @@ export class Answer {
       times.first ??= performance.now() - began;
       this.element.dataset.state = "writing";
       this.text += more;
-      this.words.append(more);
+      this.#frame ??= requestAnimationFrame(() => this.#show());
     }
+  }
+
+  /** At most once a frame, however fast the tokens come. */
+  #show() {
+    this.#frame = null;
+    this.#shown.appendData(this.text.slice(this.#shown.length));
   }
 
   #summary({ first, tokens, finish }, total) {
@@ -59,6 +67,8 @@ export class Answer {
   }
 
   #end(state, summary) {
+    if (this.#frame !== null) cancelAnimationFrame(this.#frame);
+    this.#show();
     this.element.dataset.state = state;
     this.element.setAttribute("aria-busy", "false");
     if (state === "done" && !this.text) this.words.append(el("em", { className: "faint" }, "an empty answer"));

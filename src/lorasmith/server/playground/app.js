@@ -90,9 +90,10 @@ async function compare(text, body) {
 function follow(answer) {
   const place = byId("chat");
   place.scrollTop = place.scrollHeight;
-  new MutationObserver(() => {
+  new ResizeObserver((_, observer) => {
     if (place.scrollHeight - place.scrollTop - place.clientHeight < 160) place.scrollTop = place.scrollHeight;
-  }).observe(answer.element, { childList: true, subtree: true, characterData: true });
+    if (!answer.element.isConnected) observer.disconnect();
+  }).observe(answer.element);
 }
 
 function busy(isBusy) {
