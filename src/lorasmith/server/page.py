@@ -74,7 +74,7 @@ def card_of(gateway: Gateway, resolved: Resolved) -> dict[str, Any]:
 def live_of(gateway: Gateway, tenant: Tenant) -> dict[str, Any]:
     """A tenant's own requests and tokens; without keys there is one tenant, and the server's state too."""
     mine = [r for r in gateway.running if r.asked.tenant.name == tenant.name]
-    spent = gateway.spent.get(tenant.name, {})
+    spent: dict[str, Any] = gateway.spent.get(tenant.name, {})
     names = ("requests", "prompt_tokens", "reused_tokens", "generated_tokens")
     why_not = gateway.why_not_ready()
     state: dict[str, Any] = {
