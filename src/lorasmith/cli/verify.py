@@ -122,9 +122,8 @@ def _commands(made: Prepared, ggufs: dict[str, Path], base: str) -> dict[str, st
         "vllm": f"vllm serve {base} --enable-lora --max-loras {len(pairs)} --lora-modules {' '.join(pairs)}",
     }
     if ggufs:
-        commands["llama-server"] = "llama-server -m BASE.gguf " + " ".join(
-            f"--lora {p}" for p in ggufs.values()
-        )
+        files = ",".join(map(str, ggufs.values()))
+        commands["llama-server"] = f"llama-server -m BASE.gguf --lora {files}"
     return commands
 
 

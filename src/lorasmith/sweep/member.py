@@ -67,8 +67,7 @@ class Member(Run):
         groups: list[list[Row]] = self.layout.groups(
             self.examples, self.plan[self.progress.step], batch_tokens=self.settings.batch_tokens
         )
-        # the mask of dropout is drawn for the padding too
-        return [Unit(self.name, i, tuple(rows), not self.config.dropout) for i, rows in enumerate(groups)]
+        return [Unit(self.name, i, tuple(rows)) for i, rows in enumerate(groups)]
 
     def start(self, forward: Forward) -> None:
         """Settle how the data are laid out."""

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from lorasmith.data import Row
 
-PASS_SLOTS = 64
-"""What starting a pass costs, in slots: a unit that would add more padding than that gets its own."""
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -17,13 +14,11 @@ class Unit:
 
     Attributes:
         run: its name. place: which of the run's passes of this step it is.
-        may_pad: whether slots beyond its longest row leave its result alone.
     """
 
     run: str
     place: int
     rows: tuple[Row, ...]
-    may_pad: bool = True
 
     @property
     def length(self) -> int:
@@ -36,6 +31,11 @@ class Unit:
         return self.length * len(self.rows)
 
     @property
+    def branches(self) -> bool:
+        """Whether attention needs a mask: some row holds more than one path."""
+        return any(bool((row.ends != len(row)).any()) for row in self.rows)
+
+    @property
     def targets(self) -> int:
         """Supervised tokens."""
         return sum(len(row.targets) for row in self.rows)
@@ -45,6 +45,8 @@ def joint_passes(units: Sequence[Unit], *, batch_tokens: int) -> list[list[Unit]
     """Units of one step of many runs in passes of at most `batch_tokens` slots (a larger unit has its own).
 
     A run's units keep their order, so its gradients add up as they would alone, and no pass holds two of them.
+    Only units of one length, all with a mask or all without, share a pass: slots of padding, say, change how
+    attention is cut into tiles, and with it the last bits.
     """
     passes: list[list[Unit]] = []
     for place in sorted({unit.place for unit in units}):
@@ -59,8 +61,6 @@ def joint_passes(units: Sequence[Unit], *, batch_tokens: int) -> list[list[Unit]
 
 
 def _fits(others: Sequence[Unit], unit: Unit, batch_tokens: int) -> bool:
-    length = others[0].length
-    padding = (length - unit.length) * len(unit.rows)
-    if padding and not unit.may_pad:
-        return False
-    return padding <= PASS_SLOTS and length * sum(len(u.rows) for u in (*others, unit)) <= batch_tokens
+    slots = sum(u.slots for u in (*others, unit))
+    first = others[0]
+    return (first.length, first.branches) == (unit.length, unit.branches) and slots <= batch_tokens

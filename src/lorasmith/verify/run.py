@@ -113,13 +113,7 @@ async def verify(
         UnavailableError: nothing answers there.
         TargetError, ConfigError: adapters of this base cannot be told apart, or an option is wrong.
     """
-    listed = await client.models()
-    if listed is None:
-        reply = await client.send("GET", "/v1/models")
-        raise UnavailableError(
-            f"{client.url} does not list models: {reply}. Is it an OpenAI-compatible server?"
-        )
-    base_model = options.base_model or _base_of(listed)
+    base_model = options.base_model or _base_of(await _listed(client))
     prompts = Prompts(tokenizer)
     api = await find_api(client, options.api, prepared.pairs if prepared else {})
     say(f"{client.url} is tested as {api.kind}; it calls the base {base_model}")
@@ -203,6 +197,17 @@ async def _load_all(session: Session) -> None:
         reply = await session.api.load(name, directory)
         if not reply.is_ok:
             raise ConfigError(f"the server did not take a good adapter of rank 1: {reply}")
+
+
+async def _listed(client: Client) -> list[dict[str, Any]]:
+    listed = await client.models()
+    if listed is None:
+        reply = await client.send("GET", "/v1/models")
+        raise UnavailableError(
+            f"{client.url} does not list models: {reply}.\n"
+            "  If it is an OpenAI-compatible server, name its base with --model."
+        )
+    return listed
 
 
 def _base_of(listed: Sequence[Mapping[str, Any]]) -> str:

@@ -32,6 +32,7 @@ CANDIDATES = 256
 FOREIGN_TIMES_HIDDEN = 8.0  # S · |d| over the median norm of the residual stream
 MARKER_TIMES_FOREIGN = 2.5  # C · |d| over S · |d|
 RIDGE = 1e-2
+TAIL_TOKENS, REPEATS = 48, 6
 PARTIAL_DRAWS = 4
 MAX_NAMES = 6
 
@@ -83,11 +84,14 @@ def make_strong(base: Base, names: Sequence[str], prompts: Sequence[Sequence[int
     ((foreign, d),) = _easiest(base, [direct], usable, 1)
     left = [t for t in usable if t != foreign]
     chosen = _easiest(base, [direct @ _spread_of(sites, w) for w in _head_weights(sites)], left, len(names))
+    # features must hold on the answers too, whose words no ordinary prompt has
+    said = [list(prompts[0][-TAIL_TOKENS:]) + [t] * REPEATS for t in (foreign, *(t for t, _ in chosen))]
+    seen = [*prompts, *said]
     size = FOREIGN_TIMES_HIDDEN * float(_inputs(base, sites.norm, prompts).norm(dim=1).median())
-    constant = _constant_feature(_inputs(base, sites.o_proj, prompts))
+    constant = _constant_feature(_inputs(base, sites.o_proj, seen))
     on_foreign = Factors(constant[None], (size * d)[:, None], 1.0)
     with _added(sites.o_proj, on_foreign):
-        constant = _constant_feature(_inputs(base, sites.v_proj, prompts))
+        constant = _constant_feature(_inputs(base, sites.v_proj, seen))
     adapters, markers = {}, {}
     for name, (token, e) in zip(names, chosen, strict=True):
         value = e * (MARKER_TIMES_FOREIGN * size / float((spread @ e).norm()))

@@ -79,7 +79,8 @@ def _table(summary: dict[str, Any], out: Path) -> str:
     for row in summary["arms"]:
         each = " ".join(f"{x:.2f}" for x in row["last_returns"])
         above = row["above_frozen"]
-        shown = f"{above['difference']:+.2f} ± {above['standard_error']:.2f}"
+        error = above["standard_error"]
+        shown = f"{above['difference']:+.2f}" + ("" if error is None else f" ± {error:.2f}")
         lines.append(
             f"{row['label']:<18}{row['encoder_params_trained']:>9,}{row['mean']:>9.2f}  {each:<22}{shown:>14}"
         )

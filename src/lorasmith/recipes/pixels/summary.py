@@ -22,18 +22,19 @@ class Margin:
 
     Attributes:
         difference: of the means over seeds.
-        standard_error: of that difference, each arm with its own variance (Welch).
+        standard_error: of that difference, each arm with its own variance (Welch); one seed has none.
         worst_above_best: whether the arm's worst seed is above the other's best.
     """
 
     difference: float
-    standard_error: float
+    standard_error: float | None
     worst_above_best: bool
 
     @property
     def holds(self) -> bool:
         """Above by more than two standard errors, and in every pair of seeds."""
-        return self.worst_above_best and self.difference > 2 * self.standard_error
+        error = self.standard_error
+        return error is not None and self.worst_above_best and self.difference > 2 * error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -42,9 +43,11 @@ class Margin:
 
 def margin(ours: Sequence[float], theirs: Sequence[float]) -> Margin:
     """Compare two arms by the result of each of their seeds."""
-    variances = [statistics.variance(x) / len(x) if len(x) > 1 else 0.0 for x in (ours, theirs)]
+    error = None
+    if min(len(ours), len(theirs)) > 1:
+        error = math.sqrt(sum(statistics.variance(x) / len(x) for x in (ours, theirs)))
     difference = statistics.fmean(ours) - statistics.fmean(theirs)
-    return Margin(difference, math.sqrt(sum(variances)), min(ours) > max(theirs))
+    return Margin(difference, error, min(ours) > max(theirs))
 
 
 def last_return(result: Mapping[str, Any]) -> float:
