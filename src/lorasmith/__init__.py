@@ -42,7 +42,35 @@ _ROOM_OF = {
     "LoraSmithError": "errors",
 }
 
-__all__ = sorted([*_ROOM_OF, "__version__"])
+__all__ = [
+    "Adapter",
+    "Base",
+    "Engine",
+    "Factors",
+    "InjectReport",
+    "LoRAConfig",
+    "LoraSmithError",
+    "Request",
+    "Result",
+    "TrainConfig",
+    "TrainResult",
+    "__version__",
+    "combine",
+    "eject",
+    "extract",
+    "extract_from_full",
+    "inject",
+    "load_base",
+    "merge",
+    "merged",
+    "read_adapter",
+    "singular_values",
+    "switch",
+    "train",
+    "truncate",
+    "unmerge",
+    "write_adapter",
+]
 
 if TYPE_CHECKING:
     from lorasmith.analysis import combine, extract_from_full, singular_values, truncate

@@ -55,7 +55,7 @@ def test_another_room_is_imported_through_its_front_door(room):
 
 
 def test_public_names():
-    assert set(lorasmith.__all__) == PUBLIC
+    assert set(lorasmith.__all__) == PUBLIC == {*lorasmith._ROOM_OF, "__version__"}
     for name in PUBLIC:
         assert getattr(lorasmith, name) is not None
 

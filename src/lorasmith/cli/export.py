@@ -137,6 +137,8 @@ def _check_base(adapter: Adapter, directory: Path, name: str, *, allow_base_mism
     shapes = {tensor: header.shape for tensor, header in read_headers(directory).items()}
     faults = []
     for path, f in adapter.factors.items():
+        if f.layout.kind != "linear":
+            continue  # the formats say themselves whether they can carry it
         wanted, found = (f.out_features, f.in_features), shapes.get(f"{path}.weight")
         if found not in (wanted, wanted[::-1]):  # GPT-2 stores its weights (in, out)
             faults.append(f"{path} needs a weight of {wanted}, the base has {found or 'none'}")

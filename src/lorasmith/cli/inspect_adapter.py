@@ -92,7 +92,7 @@ def _print(result: dict[str, Any], found: dict[str, Spectrum]) -> None:
             + " ".join(f"{e:>4.0%}" for e in energies)
         )
     rows = [
-        ("size", f"{result['params']:,} parameters, {result['bytes'] / 1e6:.1f} MB"),
+        ("size", f"{result['params']:,} parameters, {result['bytes'] / 1e6:.3g} MB"),
         ("digest", result["digest"][:16]),
     ]
     rows.append(("base", result["base"] or "unknown: no lorasmith sidecar"))
