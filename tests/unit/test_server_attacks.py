@@ -258,3 +258,34 @@ def test_a_clock_that_jumps_changes_no_order_and_no_limit(place, monkeypatch):
     assert numbers == sorted(numbers, reverse=True)
     assert answers == [200, 200, 200, 429]
     assert ready == 200
+
+
+def test_an_adapter_that_is_held_is_not_pushed_out(place):
+    gateway = make_gateway(place, max_adapters=1)
+    adapters, digests = gateway.adapters, [gateway.store.resolve(n).digest for n in ("red", "green")]
+    with adapters.held(digests[0], None):
+        adapters.load(digests[1], None)
+        assert digests[0] in gateway.engine.adapters
+    assert len(adapters.loaded) == 1
+    adapters.unload(digests[0])
+    with pytest.raises(LookupError), adapters.held(digests[0], None):
+        pass
+    assert not adapters._holds
+    gateway.engine.close()
+
+
+def test_unloaded_while_it_is_read_is_not_served(place):
+    gateway = make_gateway(place)
+    digest = gateway.store.resolve("red").digest
+    add = gateway.engine.add_adapter
+
+    def unloaded_meanwhile(name, path):
+        gateway.adapters.unload(digest)
+        return add(name, path)
+
+    gateway.engine.add_adapter = unloaded_meanwhile
+    with pytest.raises(LookupError):
+        gateway.adapters.load(digest, None)
+    assert digest not in gateway.engine.adapters
+    assert not gateway.adapters.loaded
+    gateway.engine.close()
