@@ -75,8 +75,7 @@ def read_or_refuse(folder: Path, weights: bytes) -> None:
     """No error but ours; and what is read is what the safetensors library reads."""
     try:
         header, adapter = read_header(folder), read_adapter(folder)
-    except LoraSmithError as error:
-        assert str(error)
+    except LoraSmithError:
         return
     reference = safetensors_load(weights)
     assert sum(t.numel() for t in adapter.tensors().values()) == sum(t.numel() for t in reference.values())
@@ -143,7 +142,8 @@ def test_any_sidecar(tmp_path, examples):
 
     @settings(max_examples=examples, **SETTINGS)
     @given(
-        JSON | st.fixed_dictionaries({}, optional={k: JSON for k in ("base", "base_name", "run", "made_by")})
+        JSON
+        | st.fixed_dictionaries({}, optional=dict.fromkeys(("base", "base_name", "run", "made_by"), JSON))
     )
     def run(provenance):
         sidecar = {"format_version": 1, "content_digest": digest, "provenance": provenance}
