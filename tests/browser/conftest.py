@@ -27,7 +27,7 @@ def place(tmp_path_factory):
     }.items():
         adapter = read_adapter(folder / "adapters" / "red")
         adapter.provenance = provenance
-        next(iter(adapter.factors.values())).B.add_(0.25 + len(name))
+        next(iter(adapter.factors.values())).B.add_(0.25 if name == "trained" else 0.5)
         write_adapter(adapter, folder / "adapters" / name)
         store.add(name, folder / "adapters" / name)
     store.close()

@@ -49,9 +49,7 @@ def test_the_files_need_no_key_and_know_nothing(place):
 
 
 def test_only_liveness_and_the_files_are_open_to_everybody(place):
-    app = create_app(keyed(place))
-    public = set(app._public)
-    assert public == {"/healthz"} | page.PUBLIC
+    assert create_app(keyed(place))._public == {"/healthz"} | page.PUBLIC
 
     async def conversation(client):
         posted = [

@@ -44,11 +44,12 @@ def serve(
 ) -> None:
     """Serve a base and every adapter in a store. A request's `model` is an alias, alias@version or a digest."""
     from lorasmith.bases import load_base
-    from lorasmith.server import Keys, check_exposure, read_keys, run
+    from lorasmith.server import Keys, check_address, check_exposure, read_keys, run
     from lorasmith.store import Store
 
     known = Keys() if keys is None else read_keys(keys)
     check_exposure(host, known, insecure=insecure)
+    check_address(host, port)
     opened = Store(store, actor="serve")
     _add(opened, base, [*(adapters or []), *(more or [])], allow_base_mismatch)
     loaded = load_base(base, dtype=dtype)

@@ -9,15 +9,18 @@ from lorasmith.engine.requests import Prompt
 from lorasmith.errors import DataError
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any, vocab_size: int) -> list[int]:
+def encode_prompt(prompt: Prompt, tokenizer: Any, vocab_size: int, *, use_template: bool = True) -> list[int]:
     """Token ids of a text, of chat messages, or of ids, which are checked.
+
+    Args:
+        use_template: make a text the user's turn in the chat template, if there is one.
 
     Raises:
         DataError: the prompt is empty, holds an id outside the vocabulary, or needs a template
             or a tokenizer that the base does not have.
     """
     if isinstance(prompt, str):
-        ids = _encode_text(prompt, _required(tokenizer))
+        ids = _encode_text(prompt, _required(tokenizer), use_template)
     elif _is_messages(prompt):
         ids = _encode_messages(prompt, _required(tokenizer))
     else:
@@ -30,10 +33,10 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, vocab_size: int) -> list[int]:
     return ids
 
 
-def _encode_text(text: str, tokenizer: Any) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
+def _encode_text(text: str, tokenizer: Any, use_template: bool) -> list[int]:
+    if use_template and getattr(tokenizer, "chat_template", None):
         return _encode_messages([{"role": "user", "content": text}], tokenizer)
-    return [int(i) for i in tokenizer.encode(text)]
+    return [int(i) for i in tokenizer.encode(_as_text(text))]
 
 
 def _encode_messages(messages: Any, tokenizer: Any) -> list[int]:
@@ -43,7 +46,16 @@ def _encode_messages(messages: Any, tokenizer: Any) -> list[int]:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise whatever their author chose
         raise DataError(f"The chat template refused these messages: {error}") from error
-    return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
+    return [int(i) for i in tokenizer.encode(_as_text(text), add_special_tokens=False)]
+
+
+def _as_text(text: str) -> str:
+    """JSON can carry half of a surrogate pair, which no tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"The prompt holds half a surrogate pair at character {error.start}.") from None
+    return text
 
 
 def _is_messages(prompt: Sequence[Any]) -> bool:

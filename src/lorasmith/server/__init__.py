@@ -10,9 +10,9 @@ from lorasmith.server.app import create_app
 from lorasmith.server.config import ServerConfig
 from lorasmith.server.gateway import Gateway
 from lorasmith.server.keys import Keys, hash_key, new_key, read_keys
-from lorasmith.server.run import check_exposure, run
+from lorasmith.server.run import check_address, check_exposure, run
 from lorasmith.server.status import STATUS
 
 __all__ = [
-    "STATUS", "Gateway", "Keys", "ServerConfig", "check_exposure", "create_app", "hash_key", "new_key", "read_keys", "run",
+    "STATUS", "Gateway", "Keys", "ServerConfig", "check_address", "check_exposure", "create_app", "hash_key", "new_key", "read_keys", "run",
 ]  # fmt: skip

@@ -6,8 +6,9 @@ The engine knows adapters by their digest only, so an alias that moves can never
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,7 @@ class Adapters:
         self._lock = threading.Lock()
         self._loading: dict[str, threading.Lock] = {}
         self._loaded: OrderedDict[str, Lease] = OrderedDict()
+        self._holds: Counter[str] = Counter()
         self._withdrawn: set[str] = set()
 
     def resolve(self, model: str, tenant: Tenant, *, key: str = "") -> Resolved:
@@ -131,16 +133,45 @@ class Adapters:
             with self._lock:
                 self._loaded[digest] = lease
                 self._loading.pop(digest, None)
+                is_withdrawn = digest in self._withdrawn
+        if is_withdrawn:  # while it was read
+            self.unload(digest)
+            raise UnknownAdapterError("this adapter was unloaded")
         self._shed()
+
+    @contextmanager
+    def held(self, digest: str | None, base: dict[str, Any] | None) -> Iterator[None]:
+        """Load an adapter, and keep it until the engine was given a request for it. None is the plain base.
+
+        Raises:
+            As `load`.
+        """
+        if digest is None:
+            yield
+            return
+        with self._lock:
+            self._holds[digest] += 1
+        try:
+            self.load(digest, base)
+            yield
+        finally:
+            with self._lock:
+                self._holds[digest] -= 1
+                self._holds += Counter()  # drops those at zero
+            self._shed()
+
+    def is_loaded(self, digest: str | None) -> bool:
+        """Whether nothing has to be read for it."""
+        with self._lock:
+            return digest is None or digest in self._loaded
 
     def unload(self, digest: str, *, withdraw: bool = True) -> None:
         """Forget an adapter: running requests finish, new ones are told it does not exist."""
         with self._lock:
             if withdraw:
                 self._withdrawn.add(digest)
-            lease = self._loaded.pop(digest, None)
+            lease = self._forget(digest)
         if lease is not None:
-            self._engine.remove_adapter(digest)
             lease.release()
 
     def restore(self, digest: str) -> None:
@@ -155,8 +186,9 @@ class Adapters:
 
     def sweep(self) -> None:
         """Forget adapters that the store no longer has, so that their files can go."""
+        loaded = self.loaded  # first: what is added and loaded from here on is not meant
         wanted = self.store.digests()
-        for digest in self.loaded:
+        for digest in loaded:
             if digest not in wanted:
                 self.unload(digest, withdraw=False)
 
@@ -210,10 +242,19 @@ class Adapters:
         """Forget the least recently used beyond `max_adapters`; whoever runs on them keeps them."""
         while True:
             with self._lock:
-                if len(self._loaded) <= self._max_adapters:
-                    return
-                digest = next(iter(self._loaded))
-            self.unload(digest, withdraw=False)
+                idle = (d for d in self._loaded if not self._holds[d])
+                digest = next(idle, None) if len(self._loaded) > self._max_adapters else None
+                lease = None if digest is None else self._forget(digest)
+            if lease is None:
+                return
+            lease.release()
+
+    def _forget(self, digest: str) -> Lease | None:
+        """Under the lock, so that nobody who holds or loads it meanwhile finds it half gone."""
+        lease = self._loaded.pop(digest, None)
+        if lease is not None:
+            self._engine.remove_adapter(digest)
+        return lease
 
 
 def _plain(base: Any) -> dict[str, Any] | None:

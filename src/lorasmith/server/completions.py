@@ -141,9 +141,7 @@ def _prepare(
 
 def _tokens(gateway: Gateway, prompt: Any) -> list[int]:
     tokenizer, vocab_size = gateway.base.tokenizer, gateway.engine.runner.vocab_size
-    if isinstance(prompt, str) and tokenizer is not None:
-        prompt = [int(i) for i in tokenizer.encode(prompt)]  # as it is, without the chat template
-    return encode_prompt(prompt, tokenizer, vocab_size)
+    return encode_prompt(prompt, tokenizer, vocab_size, use_template=False)
 
 
 async def _whole(gateway: Gateway, asked: Asked, request: Request) -> list[Result]:

@@ -70,10 +70,11 @@ class FairQueue:
         """Around what happens to a request before it has a place here, such as tokenising.
 
         Raises:
-            OverloadedError: as many of this tenant's requests, or of all, are there as may wait at most.
+            OverloadedError: as many of this tenant's requests, or of all, are there as may run and wait.
         """
-        mine = tenant.max_waiting or self._max_per_tenant
-        if self._preparing.total() >= self._max_waiting or self._preparing[tenant.name] >= mine:
+        mine = self.max_rows + (tenant.max_waiting or self._max_per_tenant)
+        is_full = self._preparing.total() >= self.max_rows + self._max_waiting
+        if is_full or self._preparing[tenant.name] >= mine:
             raise OverloadedError("too many requests are being read already")
         self._preparing[tenant.name] += 1
         try:

@@ -66,9 +66,11 @@ class Metrics:
             self.per_token_s,
         )  # fmt: skip
         for metric in per_adapter:
-            there = {(s.labels["adapter"], s.labels["version"]) for m in metric.collect() for s in m.samples}
-            for adapter, version in there - set(known):
-                metric.remove_by_labels({"adapter": adapter, "version": version})
+            names = (*ADAPTER, "outcome") if metric is self.requests else ADAPTER
+            samples = [sample for family in metric.collect() for sample in family.samples]
+            for labels in {tuple(sample.labels[name] for name in names) for sample in samples}:
+                if labels[: len(ADAPTER)] not in known:
+                    metric.remove(*labels)
 
     def watch(self, gateway: Gateway) -> None:
         """Also report what the engine and the queue know."""

@@ -10,6 +10,7 @@ the browser is told to refuse anything else (Trusted Types).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -74,7 +75,7 @@ def card_of(gateway: Gateway, resolved: Resolved) -> dict[str, Any]:
 def live_of(gateway: Gateway, tenant: Tenant) -> dict[str, Any]:
     """A tenant's own requests and tokens; without keys there is one tenant, and the server's state too."""
     mine = [r for r in gateway.running if r.asked.tenant.name == tenant.name]
-    spent: dict[str, Any] = gateway.spent.get(tenant.name, {})
+    spent: Mapping[str, int] = gateway.spent.get(tenant.name, {})
     names = ("requests", "prompt_tokens", "reused_tokens", "generated_tokens")
     why_not = gateway.why_not_ready()
     state: dict[str, Any] = {

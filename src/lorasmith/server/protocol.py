@@ -115,7 +115,13 @@ class CompletionRequest(Settings):
     logprobs: int | None = Field(None, ge=0, le=20)
 
     def prompts(self) -> list[Any]:
-        """One or many, each a text or token ids."""
+        """One or many, each a text or token ids.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if not self.prompt:
+            raise ConfigError("prompt: give a text, token ids, or a list of them; it is empty")
         is_one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
         return [self.prompt] if is_one else list(self.prompt)
 

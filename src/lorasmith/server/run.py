@@ -37,6 +37,15 @@ def check_exposure(host: str, keys: Keys, *, insecure: bool) -> bool:
     return is_local
 
 
+def check_address(host: str, port: int) -> None:
+    """Before a base is loaded for nothing.
+
+    Raises:
+        OutputError: the address cannot be listened on.
+    """
+    _bind(host, port).close()
+
+
 def run(
     gateway: Gateway, *, host: str, port: int, insecure: bool = False, on_start: Callable[[str], None] = print
 ) -> None:
