@@ -520,3 +520,10 @@ def test_another_random_projection_is_refused():
     tuned = tuned_of("intrinsic")
     with pytest.raises(AdapterFileError, match="random projection"):
         apply_method(tiny_causal_lm(), Tuned("intrinsic", tuned.options | {"seed": 1}, tuned.tensors))
+
+
+def test_weights_that_train_coarsely_are_announced():
+    for dtype, is_said in ((torch.bfloat16, True), (torch.float32, False)):
+        report = method("top-k").attach(tiny_causal_lm(dtype=dtype), seed=0)
+        assert ("rounds small updates away" in str(report)) == is_said
+    assert "rounds" not in str(method("lin").attach(tiny_causal_lm(dtype=torch.bfloat16), seed=0))

@@ -52,15 +52,19 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What was put on."""
+    """What was put on. `coarse`: dtypes of two bytes in which some of it trains, if any."""
 
     text: str
     trainable: int
     total: int
+    coarse: str = ""
 
     def __str__(self) -> str:
         share = self.trainable / self.total
-        return f"{self.text}: {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
+        said = f"{self.text}: {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
+        if self.coarse:
+            said += f"\n  the base's own train in {self.coarse}, which rounds small updates away; --dtype fp32 does not"
+        return said
 
 
 class Baseline:
@@ -79,7 +83,9 @@ class Baseline:
         total = sum(p.numel() for p in model.parameters())
         model.requires_grad_(False)
         text = self._add(model, torch.Generator().manual_seed(seed))
-        return Report(text, sum(p.numel() for p in self.parameters(model).values()), total)
+        trained = self.parameters(model).values()
+        coarse = {str(p.dtype).removeprefix("torch.") for p in trained if p.dtype.itemsize < 4}
+        return Report(text, sum(p.numel() for p in trained), total, ", ".join(sorted(coarse)))
 
     def _add(self, model: nn.Module, generator: torch.Generator) -> str:
         """Add, mark what trains, and say what was done."""
