@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -148,5 +150,5 @@ def test_without_a_compiler_torch_computes(monkeypatch):
     finally:
         monkeypatch.undo()
         native.library.cache_clear()
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert native.library.__wrapped__() is None
