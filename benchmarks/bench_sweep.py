@@ -61,7 +61,7 @@ def compared(name: str, ours: dict[str, Any], peer: dict[str, Any] | None) -> li
 def our_sweep(data: Path, out: Path, batch_size: int, max_length: int, steps: int) -> dict[str, Any]:
     """The command as a user gives it; held-out records are few, since the peer evaluates nothing."""
     (held := data.with_name("held.jsonl")).write_text(
-        "".join(data.read_text().splitlines(keepends=True)[-4:])
+        "".join((SAMPLE / "validation.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:4])
     )
     options = {
         "base": "smollm2-135m", "data": data, "eval-data": held, "out": out, "grid": GRID, "batch-size": batch_size,

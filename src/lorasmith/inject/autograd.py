@@ -115,7 +115,7 @@ def linear_outputs(
     segments = _segments(spec, tensors, x)
     outputs = _base_outputs(x, segments[0])
     us = [_add_low_rank(x.reshape(-1, x.shape[-1])[s.where], s, outputs) for s in segments]
-    return outputs, us[0] if isinstance(spec, Spec) else torch.cat([u.flatten() for u in us])
+    return outputs, torch.cat([u.flatten() for u in us]) if isinstance(spec, Segmented) else us[0]
 
 
 def linear_gradients(
@@ -142,7 +142,7 @@ def linear_gradients(
     for segment in segments:
         where, width = segment.where, sum(c.stop - c.start for c in segment.columns)
         rows = len(flat[where])
-        own_u = u if isinstance(spec, Spec) else u[start : start + rows * width].view(rows, width)
+        own_u = u[start : start + rows * width].view(rows, width) if isinstance(spec, Segmented) else u
         start += rows * width
         results += _segment_gradients(
             flat[where],
@@ -265,7 +265,7 @@ class _Segment(NamedTuple):
 
 
 def _segments(spec: Spec | Segmented, tensors: Sequence[Tensor | None], x: Tensor) -> list[_Segment]:
-    if isinstance(spec, Spec):
+    if not isinstance(spec, Segmented):
         layers = _layers(tensors)
         return [_Segment(slice(None), spec, layers, _columns(layers))]
     each = len(tensors) // len(spec.specs)
