@@ -85,7 +85,7 @@ def read_or_refuse(folder: Path, weights: bytes) -> None:
     assert read_card(folder)["params"] == adapter.num_params
 
 
-@pytest.fixture(params=[150, pytest.param(6000, marks=pytest.mark.slow)])
+@pytest.fixture(params=[150, pytest.param(2000, marks=pytest.mark.slow)])
 def examples(request):
     return request.param
 
