@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as safetensors_load
 
-from lorasmith.errors import LoraSmithError
+from lorasmith.errors import AdapterFileError, LoraSmithError
 from lorasmith.formats import check_values, read_adapter, read_header
 from lorasmith.store.cards import read_card
 from tests.golden import make
@@ -84,7 +85,7 @@ def read_or_refuse(folder: Path, weights: bytes) -> None:
     assert read_card(folder)["params"] == adapter.num_params
 
 
-@pytest.fixture(params=[150, pytest.param(6000, marks=pytest.mark.slow)])
+@pytest.fixture(params=[150, pytest.param(2000, marks=pytest.mark.slow)])
 def examples(request):
     return request.param
 
@@ -150,3 +151,12 @@ def test_any_sidecar(tmp_path, examples):
         read_or_refuse(write(tmp_path / "a", weights, make.CONFIG, sidecar), weights)
 
     run()
+
+
+def test_no_expression_runs_before_it_is_judged(tmp_path):
+    """Found by atheris: the reader hung, and Python's lock with it, on a file of 800 bytes."""
+    config = make.CONFIG | {"target_modules": ".*" * 14 + "pro'"}
+    began = time.monotonic()
+    with pytest.raises(AdapterFileError, match="can take too long"):
+        read_header(write(tmp_path / "a", make.safetensors(make.GOOD), config))
+    assert time.monotonic() - began < 2

@@ -88,7 +88,13 @@ def read_header(path: str | Path, *, is_shifted: bool = False) -> AdapterHeader:
         raw_slots = read_slots(path / WEIGHTS_NAME, faults)
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be read: {error}") from error
-    tensors = gather_tensors(_parsed(raw_slots, faults), file_config, faults)
+    named = _parsed(raw_slots, faults)
+    if file_config is not None and (
+        slow := list(_slow_regexes([n.path for n, _ in named.values()], file_config))
+    ):
+        faults += slow
+        file_config = None  # not one of its expressions may run
+    tensors = gather_tensors(named, file_config, faults)
     modules, config = _modules(tensors, file_config, faults)
     refuse(path, faults)
     if config is None or file_config is None:  # unreachable: both leave a fault
@@ -189,7 +195,8 @@ def _modules(
     paths = tensors.factor_paths
     if not paths and tensors.slots and not (tensors.of("weight") or tensors.of("rows")):
         faults.append(f"{WEIGHTS_NAME} holds no factors")
-    if file_config is None or (slow := list(_slow_regexes(tensors, file_config))):
+    places = [path for path, _ in tensors.slots]  # of bare parameters: longer than their names in the file
+    if file_config is None or (slow := list(_slow_regexes(places, file_config))):
         faults += slow if file_config is not None else _halves(tensors)
         return {}, None
     modules = module_headers(tensors, file_config, faults)
@@ -210,8 +217,8 @@ def _halves(tensors: Tensors) -> Iterable[str]:
                 yield f"{path} has no lora_{part}"
 
 
-def _slow_regexes(tensors: Tensors, file_config: FileConfig) -> Iterable[str]:
-    longest = max((len(path) for path, _ in tensors.slots), default=0)
+def _slow_regexes(paths: Iterable[str], file_config: FileConfig) -> Iterable[str]:
+    longest = max(map(len, paths), default=0)
     for regex in file_config.regexes():
         if why := steps_fault(regex, longest):
             yield f"{CONFIG_NAME}: the regular expression {regex!r:.80} is refused: {why}"
