@@ -17,12 +17,14 @@ from lorasmith.bases.load import (
     pick_dtype,
     require_base,
 )
+from lorasmith.bases.skeleton import Skeleton, load_skeleton
 
 __all__ = [
     "BUILTINS",
     "Base",
     "Builtin",
     "Fingerprint",
+    "Skeleton",
     "TensorHeader",
     "base_directory",
     "builtin_directory",
@@ -30,6 +32,7 @@ __all__ = [
     "fingerprint_directory",
     "home",
     "load_base",
+    "load_skeleton",
     "load_tokenizer",
     "match_base",
     "pick_dtype",

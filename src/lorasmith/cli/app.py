@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from lorasmith.cli import check, data, evaluate, generate, merge, quickstart, train
+from lorasmith.cli import check, data, evaluate, generate, merge, plan, quickstart, train
 from lorasmith.errors import LoraSmithError
 
 BAD_INPUT = 2
@@ -33,6 +33,7 @@ app = typer.Typer(
     help="LoRA adapters: train, check, move and serve them on one frozen base.",
 )
 app.command("quickstart")(quickstart.quickstart)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)

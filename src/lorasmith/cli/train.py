@@ -49,16 +49,16 @@ def train(
 ) -> None:
     """Train one adapter."""
     flags = dict(locals())
-    run = _read_run_file(config) if config else {}
-    lora = run.get("lora", {}) | _given(flags, "rank", "alpha", "dropout", "bias", "rslora")
+    run = read_run_file(config) if config else {}
+    lora = run.get("lora", {}) | given(flags, "rank", "alpha", "dropout", "bias", "rslora")
     for name in ("targets", "exclude"):
         if flags[name] is not None:
             lora[name] = parse_targets(flags[name])
-    settings = run.get("train", {}) | _given(
+    settings = run.get("train", {}) | given(
         flags, "method", "lr", "epochs", "max_steps", "batch_size", "batch_tokens", "max_length", "packing",
         "eval_every", "save_every", "seed",
     )  # fmt: skip
-    places = {k: run.get(k) for k in TOP_LEVEL[:5]} | _given(
+    places = {k: run.get(k) for k in TOP_LEVEL[:5]} | given(
         flags, "base", "data", "eval_data", "out", "dtype"
     )
     missing = [f"--{name}" for name in ("base", "data", "out") if places.get(name) is None]
@@ -98,11 +98,13 @@ def parse_targets(text: str) -> str | list[str]:
     return text[3:] if text.startswith("re:") else [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _given(flags: dict[str, Any], *names: str) -> dict[str, Any]:
+def given(flags: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The flags of these names that were set."""
     return {name: flags[name] for name in names if flags[name] is not None}
 
 
-def _read_run_file(path: Path) -> dict[str, Any]:
+def read_run_file(path: Path) -> dict[str, Any]:
+    """A TOML run file with known keys only."""
     try:
         run = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -41,6 +41,7 @@ from lorasmith.train.outputs import (
     versions,
     write_atomically,
 )
+from lorasmith.train.preflight import preflight
 from lorasmith.train.result import TrainResult
 from lorasmith.train.sets import Sets
 from lorasmith.train.show import Show, peak_rss_bytes
@@ -153,6 +154,10 @@ class _Run:
         self.layout = self._choose_layout()
         if self.settings.method == "lora":
             group_shared_inputs(self.model, self.forward.probe)
+        self.forecast = preflight(
+            self.model, self.settings, self.layout, self.examples, self.plan, total=self.total,
+            keeps_best=self.sets.evaluation is not None,
+        )  # fmt: skip
         torch.manual_seed(self.settings.seed)
         self.progress = self._resume() if resume else Progress(identity=self._identity())
         resumed = self.progress.step if resume and self.progress.step else None
@@ -238,6 +243,7 @@ class _Run:
         if self.report is not None:
             show.say(str(self.report))
         show.say(f"packing: {self.layout.packing} ({self.layout.reason})")
+        show.say(self.forecast)
         show.say(
             f"{self.total} steps of {self.settings.batch_size} sequences, peak learning rate {self.settings.lr:.2g}, "
             f"base in {self.base.dtype_reason}"
