@@ -6,7 +6,7 @@ May import: errors
 from __future__ import annotations
 
 from lorasmith.data.batches import Steps, fingerprint, steps
-from lorasmith.data.doctor import Report, check
+from lorasmith.data.doctor import Report, View, check
 from lorasmith.data.encode import Encoded, Example, Stats, encode
 from lorasmith.data.packing import Row, pack, shared_length
 from lorasmith.data.records import Message, Problem, Record, RecordSet, read_records, references
@@ -25,6 +25,7 @@ __all__ = [
     "Stats",
     "Steps",
     "Tokenizer",
+    "View",
     "check",
     "encode",
     "fingerprint",
