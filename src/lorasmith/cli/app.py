@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from lorasmith.cli import check, data, evaluate, generate, merge, plan, quickstart, train
+from lorasmith.cli import advise, check, data, evaluate, generate, merge, plan, quickstart, runs, train
 from lorasmith.errors import LoraSmithError
 
 BAD_INPUT = 2
@@ -34,11 +34,13 @@ app = typer.Typer(
 )
 app.command("quickstart")(quickstart.quickstart)
 app.command("plan")(plan.plan)
+app.command("advise")(advise.advise)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("check")(check.check)
 app.command("merge")(merge.merge)
+app.command("runs")(runs.runs)
 app.add_typer(data.app, name="data")
 
 

@@ -83,7 +83,7 @@ def fit(
     share = _supervised_share(job)
     is_masked = any(p.is_masked for step in job.passes for p in step)
     found: Estimate | None = None
-    asked = _Choice(rank, batch_tokens, min(max_length, longest), False)
+    asked = _Choice(rank, batch_tokens, min(max_length, longest), job.recompute)
     for choice in _choices(asked):
         found = _try(job, machine, choice, share, is_masked, runtime_bytes, time_factor)
         if found.fits:
@@ -113,7 +113,7 @@ def _choices(asked: _Choice) -> Iterator[_Choice]:
     """From the settings asked for to the smallest that make sense, dearest sacrifice last."""
     for length in _halved(asked.max_length, LEAST_LENGTH):
         for rank in _halved(asked.rank, 1):
-            for recompute in (False, True):
+            for recompute in sorted({asked.checkpoint_layers, True}):
                 for tokens in _halved(max(asked.batch_tokens, length), length):
                     yield _Choice(rank, tokens, length, recompute)
 
