@@ -80,6 +80,7 @@ class Planned:
         return Job(
             self.decoder, trained, self.passes, self.steps,
             recompute=self.settings.checkpoint_layers, file_itemsize=self.file_itemsize,
+            is_mapped=self.file_itemsize == self.decoder.itemsize,
         )  # fmt: skip
 
     def estimate(self, machine: Machine, method: Method, factor: float) -> Estimate:

@@ -66,10 +66,10 @@ def _write_events(found: list[Any], out: Path) -> None:
     except ImportError as error:
         raise ConfigError("--tensorboard needs the package tensorboard: pip install tensorboard.") from error
     for run in found:
-        writer = SummaryWriter(str(out / run.name))  # type: ignore[no-untyped-call]
+        writer = SummaryWriter(str(out / run.name))
         for row in run.rows:
             for key, value in row.items():
                 if key != "step" and isinstance(value, int | float):
-                    writer.add_scalar(key, value, row["step"])  # type: ignore[no-untyped-call]
-        writer.close()  # type: ignore[no-untyped-call]
+                    writer.add_scalar(key, value, row["step"])
+        writer.close()
     say(f"TensorBoard: tensorboard --logdir {out}")

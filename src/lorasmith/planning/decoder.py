@@ -26,6 +26,7 @@ class Decoder:
         norm_is_wide: a norm keeps a float32 copy of its input (RMSNorm as transformers writes it).
         activation: name of the MLP's nonlinearity.
         is_gated: the MLP multiplies two projections.
+        untied_embeddings: parameters of input embeddings that are no output head at the same time.
         is_eager: attention scores exist whole (a soft cap forbids the fused kernel).
     """
 
@@ -45,7 +46,7 @@ class Decoder:
     activation: str = "silu"
     is_gated: bool = True
     is_eager: bool = False
-    longest: int | None = None
+    untied_embeddings: int = 0
 
     @property
     def query_width(self) -> int:
@@ -117,7 +118,7 @@ def decoder_of(model: nn.Module, *, itemsize: int | None = None) -> Decoder:
         ),
         is_gated=any("gate" in path.rpartition(".")[2] for path in linears),
         is_eager=getattr(config, "_attn_implementation", None) == "eager",
-        longest=getattr(config, "max_position_embeddings", None),
+        untied_embeddings=_untied_embeddings(model),
     )
 
 
@@ -130,6 +131,15 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
         elif hasattr(module, "nf") and isinstance(getattr(module, "weight", None), nn.Parameter):
             columns, rows = module.get_parameter("weight").shape  # GPT-2's Conv1D is stored the other way
             yield path, (int(rows), int(columns))
+
+
+def _untied_embeddings(model: Any) -> int:
+    try:
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return 0
+    weight = getattr(table, "weight", None)
+    return 0 if weight is None or weight is getattr(head, "weight", None) else int(weight.numel())
 
 
 def _norms(model: nn.Module) -> Iterator[tuple[int, bool]]:

@@ -38,6 +38,8 @@ class Job:
         recompute: layers are recomputed in the backward pass.
         keeps_best: a held-out set chooses the best adapter, of which a copy is kept.
         file_itemsize: bytes of a weight in the base's own file.
+        is_mapped: the weights are pages of that file, which become resident when they are read; of input
+            embeddings that is a few rows.
     """
 
     decoder: Decoder
@@ -47,6 +49,7 @@ class Job:
     recompute: bool = False
     keeps_best: bool = False
     file_itemsize: int | None = None
+    is_mapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,10 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     activations = _live(job, largest)
     accumulates = any(len(step) > 1 for step in job.passes)
     adapter = 0 if trained.is_full else state
-    constant = weights + adapter + 2 * state + (state if job.keeps_best else 0)
+    never_read = (
+        d.untied_embeddings * d.itemsize if job.is_mapped and not (trained.is_full or machine.is_cuda) else 0
+    )
+    constant = weights - never_read + adapter + 2 * state + (state if job.keeps_best else 0)
     in_backward = state + backward_bytes(d, trained, largest, recompute=job.recompute)
     if trained.is_full:  # the dense gradients of embedding and head, before they are added to what there is
         in_backward += 2 * d.itemsize * d.vocabulary * d.width
