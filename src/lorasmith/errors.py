@@ -12,6 +12,11 @@
      ├ TrainingError (RuntimeError)      a run cannot go on: loss not finite, checkpoint unusable
      ├ BudgetError (ValueError)          the work does not fit the memory, context or time given
      ├ UnknownAdapterError (KeyError)    a name or digest that nobody registered
+     ├ AccessError (PermissionError)     a key is missing, wrong, or not for this
+     ├ OverloadedError (RuntimeError)    too much is asked at once; carries when to ask again
+     ├ DeadlineError (TimeoutError)      an answer did not come in the time that was given
+     ├ UnavailableError (RuntimeError)   the server is starting, draining or broken
+     ├ EngineError (RuntimeError)        the engine could not go on with a request
      └ OutputError (OSError)             a result cannot be written where it was asked for
 
 Each class also inherits the standard type that it refines, so `except ValueError` keeps working.
@@ -63,6 +68,24 @@ class BudgetError(LoraSmithError, ValueError): ...
 
 
 class UnknownAdapterError(LoraSmithError, KeyError): ...
+
+
+class AccessError(LoraSmithError, PermissionError): ...
+
+
+class OverloadedError(LoraSmithError, RuntimeError):
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(LoraSmithError, TimeoutError): ...
+
+
+class UnavailableError(LoraSmithError, RuntimeError): ...
+
+
+class EngineError(LoraSmithError, RuntimeError): ...
 
 
 class OutputError(LoraSmithError, OSError): ...

@@ -156,18 +156,27 @@ def bad_tensors() -> None:
         weights=safetensors(GOOD | {f"{prefix}{Q}.lora_A.weight": ("F32", [8])}),
     )
     conv = GOOD | {f"{prefix}{Q}.lora_A.weight": ("F32", [2, 4, 3, 3])}
-    case("convolution", "belong to a convolution", weights=safetensors(conv))
+    case("convolution", "or those of a convolution", weights=safetensors(conv))
     high = pair(Q, rank=65_537, width=1, out=1)
     high = {n: ("BF16", s) for n, (_, s) in high.items()}
     case("rank-bomb", "at most 65,536 is allowed", weights=safetensors(high))
     others = {
-        "embedding": (f"{Q}.lora_embedding_A", "is LoRA on an embedding"),
-        "dora": (f"{Q}.lora_magnitude_vector", "is a magnitude vector (DoRA)"),
-        "modules-to-save": ("lm_head.weight", "is a whole trained weight (modules_to_save)"),
-        "lora-bias": (f"{Q}.lora_B.bias", "is a bias inside the factors"),
+        "embedding": (f"{Q}.lora_embedding_A", "is the second A of"),
+        "dora": (f"{Q}.lora_magnitude_vector", "does not set use_dora"),
+        "modules-to-save": (
+            "model.norm.weight",
+            "modules_to_save in adapter_config.json does not name its module",
+        ),
+        "lora-bias": (f"{Q}.lora_B.bias", "does not set lora_bias"),
         "base-copy": ("lm_head.base_layer.weight", "is a copy of the base's own weight"),
-        "bare-parameter": ("model.layers.0.experts.base_layer.lora_A.weight", "is LoRA on a bare parameter"),
-        "trained-tokens": ("model.embed_tokens.token_adapter.trainable_tokens_delta", "holds trained tokens"),
+        "bare-parameter": (
+            "model.layers.0.experts.base_layer.lora_A.weight",
+            "factors of 2 bare parameters, target_parameters names none",
+        ),
+        "trained-tokens": (
+            "model.embed_tokens.token_adapter.trainable_tokens_delta",
+            "trained rows of shape (2,) for 0 tokens",
+        ),
         "adapter-name": (f"{Q}.lora_A.other.weight", "carries an adapter name"),
         "unexpected": (f"{Q}.surprise", "is unexpected"),
         "empty-component": ("model..q_proj.lora_A.weight", "empty parts, spaces, slashes"),
@@ -215,17 +224,25 @@ def bad_configs() -> None:
     changed("regex-alternatives", "a repetition inside a repetition", rank_pattern={"(a|a)*$": 2})
     changed("regex-polynomial", "open repetitions can take too long", target_modules=".*" * 12 + "proj")
     changed("regex-deep", "is refused", target_modules="(" * 2000 + ")" * 2000)
-    changed("dora", "use_dora=True (DoRA) cannot be applied", use_dora=True)
+    changed("dora", "lacks a DoRA magnitude, which use_dora means", use_dora=True)
     changed("pissa", 'init_lora_weights="pissa_niter_4" changed the base', init_lora_weights="pissa_niter_4")
     changed("olora", 'init_lora_weights="olora" changed the base', init_lora_weights="olora")
     changed("corda", 'init_lora_weights="corda" changed the base', init_lora_weights="corda")
     changed("lora-ga", 'init_lora_weights="lora_ga" changed the base', init_lora_weights="lora_ga")
     changed("init-unknown", "init_lora_weights='magic' is unknown", init_lora_weights="magic")
     changed("layer-replication", "layer_replication=[[0, 1]]", layer_replication=[[0, 1]])
-    changed("target-parameters", "LoRA on bare parameters", target_parameters=["w"])
+    changed(
+        "target-parameters",
+        "target_parameters names w, but the file holds no factors",
+        target_parameters=["w"],
+    )
     changed("alora", "activated LoRA (aLoRA)", alora_invocation_tokens=[1, 2])
     changed("megatron", "Megatron parallel layers", megatron_config={"a": 1})
-    changed("modules-to-save", "whole trained modules", modules_to_save=["lm_head"])
+    changed(
+        "modules-to-save",
+        "names lm_head, but the file holds none of its weights",
+        modules_to_save=["lm_head"],
+    )
     changed("unknown-key", "'new_scaling'=3 is unknown", new_scaling=3)
 
 

@@ -160,14 +160,6 @@ def test_adapters_of_our_own_making(tmp_path, family, rslora):
     assert_same_function(loaded, adapter)
 
 
-def test_dora_is_refused_for_each_reason(tmp_path):
-    model = peft_model("llama", {"r": 2, "target_modules": ["q_proj"], "use_dora": True})
-    save(model, tmp_path / "dora")
-    with pytest.raises(ValueError, match="DoRA") as refusal:
-        read_adapter(tmp_path / "dora")
-    assert "magnitude vector" in str(refusal.value)
-
-
 def test_we_write_no_setting_that_peft_does_not_know(tmp_path):
     adapter = Adapter(
         LoRAConfig(rank=1, exclude=("x",)), {"q": Factors(torch.ones(1, 2), torch.ones(2, 1), 32.0)}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorasmith.engine import Engine, Request
 from lorasmith.engine.cache import KVCache, KVShape
 from lorasmith.engine.prefix import PrefixCache
 from lorasmith.engine.runner import Batch
@@ -15,7 +18,7 @@ from lorasmith.engine.scheduler import Scheduler
 from lorasmith.engine.slots import GroupSpec, Slots
 from lorasmith.inject import eject, extract, inject
 from lorasmith.lora import Adapter, LoRAConfig
-from tests.support.models import randomise, tiny_causal_lm
+from tests.support.models import randomise, tiny_causal_lm, tokens
 
 
 def tiny_base(family: str = "llama", *, tokenizer: Any = None, stops: tuple[int, ...] = (), **options: Any):
@@ -44,6 +47,45 @@ def mixed_adapters(model: Any) -> dict[str, Adapter]:
     }
 
 
+def with_biases(model: Any, seed: int, **config: Any) -> Adapter:
+    """An adapter whose biases trained too, which no stack of factors can hold."""
+    config = {"rank": 3, "targets": ["q_proj", "v_proj"], "bias": "lora_only"} | config
+    adapter = make_adapter(model, seed, **config)
+    generator = torch.Generator().manual_seed(seed)
+    for bias in adapter.biases.values():
+        bias.add_(torch.randn(bias.shape, generator=generator, dtype=torch.float64).to(bias.dtype) * 0.5)
+    return adapter
+
+
+def engine_of(base: Any, adapters: Mapping[str, Adapter] | None = None, **options: Any) -> Engine:
+    engine = Engine(base, **options)
+    for name, adapter in (adapters or {}).items():
+        engine.add_adapter(name, adapter)
+    return engine
+
+
+def some_requests(names: Iterable[str], count: int = 11, seed: int = 0) -> list[Request]:
+    rng = random.Random(seed)
+    choices = [None, *names]
+    return [
+        Request(
+            tokens(1, rng.randint(1, 25), seed=100 * seed + i)[0].tolist(),
+            adapter=choices[i % len(choices)],
+            max_tokens=rng.randint(1, 9),
+        )
+        for i in range(count)
+    ]
+
+
+def greedy(model: Any, request: Request) -> tuple[int, ...]:
+    """transformers' own forward over the whole sequence again for every token; no cache at all."""
+    ids = list(request.prompt)
+    for _ in range(request.max_tokens):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return tuple(ids[len(request.prompt) :])
+
+
 class CountingRunner:
     """The next token is the last one plus one, and the cache holds the tokens themselves.
 
@@ -55,6 +97,7 @@ class CountingRunner:
     vocab_size = 50
     max_positions = None
     is_row_invariant = False
+    is_solo = False
 
     def __init__(self, max_rows: int, max_tokens: int = 256) -> None:
         dims = ((1, 1),)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasmith.lora import Adapter
+from lorasmith.inject import eject, extract, inject
+from lorasmith.lora import Adapter, LoRAConfig
 
 VOCAB = 64
 
@@ -16,7 +17,7 @@ VOCAB = 64
 def tiny_causal_lm(
     family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
 ):
-    """A two-layer decoder of transformers' own code: llama, qwen2, qwen3, gemma2, gpt2."""
+    """A two-layer decoder of transformers' own code: llama, qwen2, qwen3, gemma2, gemma3, mixtral, gpt2, mamba."""
     import transformers
 
     torch.manual_seed(seed)
@@ -39,17 +40,24 @@ def tiny_causal_lm(
         "gemma2": lambda: transformers.Gemma2Config(
             **(common | {"head_dim": 8, "sliding_window": 16} | overrides)
         ),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**(common | {"head_dim": 8} | overrides)),
+        "mixtral": lambda: transformers.MixtralConfig(
+            **(common | {"num_local_experts": 3, "num_experts_per_tok": 2} | overrides)
+        ),
         "gpt2": lambda: transformers.GPT2Config(
             **(dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128) | overrides)
         ),
     }
+    configs["mamba"] = lambda: transformers.MambaConfig(
+        **(dict(vocab_size=VOCAB, hidden_size=32, state_size=8, num_hidden_layers=2) | overrides)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_config(configs[family]())
     # Initial weights of std 0.02 make tiny models nearly constant; wider ones make differences visible.
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.normal_(0, 0.15)
     return model.to(dtype).eval()
 
@@ -83,3 +91,24 @@ def randomise(adapter: Adapter, *, seed: int = 0, size: float = 0.1) -> Adapter:
 
 def tokens(rows: int = 2, length: int = 10, *, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def make_adapter(model: nn.Module, *, seed: int = 0, **config: Any) -> Adapter:
+    """An adapter for `model` that does something; the model is left as it was."""
+    inject(model, LoRAConfig(**{"rank": 3, "alpha": 6, **config}), seed=seed)
+    adapter = randomise(extract(model), seed=seed)
+    eject(model)
+    return adapter
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every weight."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same_bits(model: nn.Module, expected: dict[str, torch.Tensor]) -> bool:
+    return same_bits_of(model.state_dict(), expected)
+
+
+def same_bits_of(now: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return now.keys() == expected.keys() and all(torch.equal(now[n], expected[n]) for n in expected)

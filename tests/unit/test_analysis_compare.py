@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasmith.analysis import compare, overlap_grid, subspace_overlap
+from lorasmith.analysis import compare, cosine, overlap_grid, subspace_overlap
 from lorasmith.errors import BaseMismatchError, ConfigError, TargetError
 from lorasmith.lora import Adapter, Factors, LoRAConfig
 from tests.support.tolerance import close
@@ -117,3 +117,15 @@ def test_faults_are_named():
     for call in (lambda: compare(a, b), lambda: overlap_grid(a, b, "m")):
         with pytest.raises(ConfigError, match="b m"):
             call()
+
+
+def test_cosine_is_that_of_all_modules_as_one_vector():
+    a, b = make_adapter(0), make_adapter(1, rank=2)
+    extra = make_adapter(2)
+    b.factors["only here"] = extra.factors["m"]
+    x = torch.cat([dense(a).flatten(), torch.zeros(300, dtype=torch.float64)])
+    y = torch.cat([dense(b).flatten(), dense(extra).flatten()])
+    assert cosine(a, b) == pytest.approx(torch.nn.functional.cosine_similarity(x, y, dim=0).item(), abs=1e-14)
+    assert cosine(a, a) == pytest.approx(1, abs=1e-14)
+    a.factors["m"].B.zero_()
+    assert cosine(a, b) is None

@@ -58,10 +58,10 @@ def test_golden_adapters_are_read_for_ever(folder):
 def test_all_faults_are_in_one_message(tmp_path):
     tensors = make.without("up_proj.lora_A.weight") | {"stray": ("F32", [1]), "lora_embedding": ("I32", [1])}
     (tmp_path / "adapter_model.safetensors").write_bytes(make.safetensors(tensors))
-    (tmp_path / "adapter_config.json").write_text(json.dumps(make.CONFIG | {"use_dora": True, "r": 0}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(make.CONFIG | {"use_qalora": True, "r": 0}))
     with pytest.raises(AdapterFileError) as refusal:
         read_adapter(tmp_path)
-    for fragment in ("use_dora", "r is 0", "has no lora_A", "'stray'", "dtype 'I32'"):
+    for fragment in ("use_qalora", "r is 0", "has no lora_A", "'stray'", "dtype 'I32'"):
         assert fragment in str(refusal.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -97,3 +98,28 @@ def test_digest_changes_with_every_part_of_the_function():
     assert len({a.digest for a in (base, *others, renamed, biased)}) == 6
     assert base.num_params == 2 * (6 + 3)
     assert base.num_bytes == 4 * base.num_params
+
+
+def test_config_of_every_kind_goes_through_json_and_back():
+    config = LoRAConfig(
+        targets=["a"], parts={"a": [(0, 2), (4, 6)]}, trainable_tokens={"e": [3, 1]}, modules_to_save=["h"],
+        target_parameters=["x.w"], lora_bias=True,
+    )  # fmt: skip
+    assert LoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (dict(trainable_tokens={"e": [1, 1]}), "a list of different token ids"),
+        (dict(trainable_tokens={"e": 5}), "a list of different token ids"),
+        (dict(trainable_tokens=[1]), "use a map from path suffix to a list"),
+        (dict(modules_to_save=[""]), "use a list of path suffixes"),
+        (dict(lora_bias="yes"), "use true or false"),
+        (dict(targets=()), "targets is empty"),
+    ],
+)
+def test_settings_of_other_kinds_are_checked(values, reason):
+    with pytest.raises(ConfigError, match=reason):
+        LoRAConfig(**values)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lorasmith.formats import read_adapter
 from lorasmith.inject import inject, lora_layers
 from lorasmith.lora import LoRAConfig
 from lorasmith.train import TrainConfig, default_lr, evaluate_loss, read_metrics, train
+from lorasmith.train.budget import Use
 from lorasmith.train.checkpoint import (
     Progress,
     checkpoint_parameters,
@@ -166,7 +167,11 @@ def test_the_base_is_left_as_it_was(tmp_path, fails, recompute):
         if fails and step == 5:
             raise KeyError("stop")
 
-    options = {"base": given, "settings": changed(checkpoint_layers=recompute), "on_step": stop}
+    options = {
+        "base": given,
+        "settings": changed(recompute="layers" if recompute else "none", kernels="plain"),
+        "on_step": stop,
+    }
     if fails:
         with pytest.raises(KeyError):
             run(tmp_path / "run", **options)
@@ -199,15 +204,22 @@ def test_dropout_is_on_in_the_adapter_and_off_in_the_base(tmp_path):
     assert losses(tmp_path / "on")[1:] != losses(tmp_path / "off")[1:]
 
 
-def test_recomputed_layers_give_the_same_bits(tmp_path, uninterrupted):
+@pytest.mark.parametrize("recompute", ["mlp", "layers"])
+def test_recomputing_in_the_block_gives_the_same_bits(tmp_path, uninterrupted, recompute):
+    run(tmp_path / "run", settings=changed(recompute=recompute))
+    assert weights(tmp_path / "run") == weights(uninterrupted)
+
+
+def test_recomputed_layers_give_the_same_bits(tmp_path):
+    run(tmp_path / "plain", settings=changed(kernels="plain"))
     given = base()
     calls = []
     mlp = given.model.model.layers[1].mlp
     mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    run(tmp_path / "run", settings=changed(checkpoint_layers=True), base=given)
+    run(tmp_path / "run", settings=changed(recompute="layers", kernels="plain"), base=given)
     # One batch a step, computed once forward and once more backward.
     assert sum(calls) == 2 * STEPS
-    assert weights(tmp_path / "run") == weights(uninterrupted)
+    assert weights(tmp_path / "run") == weights(tmp_path / "plain")
 
 
 def test_two_runs_give_the_same_bits_and_another_seed_gives_others(tmp_path, uninterrupted):
@@ -278,9 +290,10 @@ def test_run_file(uninterrupted):
     record = json.loads((uninterrupted / "run.json").read_text())
     assert record.keys() == {
         *("lora", "train", "base", "base_fingerprint", "data_fingerprint", "data"),
-        *("layout", "steps", "versions", "commit"),
+        *("layout", "policy", "steps", "versions", "commit"),
     }
-    assert TrainConfig.from_dict(record["train"]) == SETTINGS
+    assert any("kernels: block" in line for line in record["policy"])
+    assert TrainConfig.from_dict(record["train"]) == replace(SETTINGS, recompute="none")
     assert LoRAConfig.from_dict(record["lora"]) == LORA
     assert (record["base"], record["base_fingerprint"]) == ("tiny", {"weights": "0123456789abcdef"})
     assert record["steps"] == STEPS
@@ -291,7 +304,7 @@ def test_run_file(uninterrupted):
 def test_the_adapter_says_where_it_comes_from(uninterrupted):
     provenance = read_adapter(uninterrupted / "adapter").provenance
     assert provenance["base"]["name"] == "tiny"
-    assert TrainConfig.from_dict(provenance["run"]["train"]) == SETTINGS
+    assert TrainConfig.from_dict(provenance["run"]["train"]) == replace(SETTINGS, recompute="none")
 
 
 def test_result(tmp_path):
@@ -445,6 +458,27 @@ def test_full_fine_tuning_resumes_to_the_same_bits(tmp_path):
     assert run(tmp_path / "run", settings=settings, resume=True).resumed_from_step == 6
     name = "model/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_resumed_run_keeps_what_its_budget_settled(tmp_path, monkeypatch):
+    room = sys.modules["lorasmith.train.loop"]
+    settings = changed(budget_bytes=2**40, batch_tokens=512)
+
+    def fail(step: int) -> None:
+        if step == 7:
+            raise ZeroDivisionError
+
+    # The same process holds more or less memory at another time; then another choice would fit.
+    small = Use(0, {"none": 2**32, "mlp": 2**32, "layers": 1})
+    monkeypatch.setattr(room, "measure_use", lambda *_, **__: small)
+    run(tmp_path / "whole", settings=settings)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "run", settings=settings, on_step=fail)
+    chosen = json.loads((tmp_path / "run" / "run.json").read_text())["train"]
+    assert (chosen["recompute"], chosen["batch_tokens"]) == ("none", 256)
+    monkeypatch.setattr(room, "measure_use", lambda *_, **__: pytest.fail("measured again"))
+    assert run(tmp_path / "run", settings=settings, resume=True).resumed_from_step == 6
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
 CHILD = """
@@ -683,3 +717,39 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path, file):
 def test_a_reason_is_given_for_what_was_left_at_its_default_only():
     assert "width 64" in TrainConfig().reasons(width=64)["lr"]
     assert set(TrainConfig(lr=1e-3, batch_size=4).reasons(width=64)) == {"schedule", "weight_decay"}
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "lora"),
+    [
+        ("llama", False, dict(targets=["embed_tokens", "lm_head"])),
+        ("llama", True, dict(targets=["q_proj", "lm_head"], lora_bias=True)),
+        ("llama", True, dict(targets=["q_proj"], trainable_tokens={"embed_tokens": [97, 98]})),
+        ("llama", True, dict(targets=["q_proj"], modules_to_save=["lm_head", "model.norm"])),
+        ("gpt2", True, dict(targets=["c_attn"], parts={"c_attn": [(0, 32), (64, 96)]})),
+        ("mixtral", False, dict(targets=["q_proj"], target_parameters=["experts.down_proj"])),
+    ],
+)
+def test_layers_of_other_kinds_train_resume_and_come_back_from_disk(tmp_path, family, tied, lora):
+    make = lambda: base(family=family, tie_word_embeddings=tied)  # noqa: E731
+    config = LoRAConfig(rank=2, alpha=8, **lora)
+    given = make()
+    before = {name: value.clone() for name, value in given.model.state_dict().items()}
+    result = run(tmp_path / "run", base=given, lora=config)
+    assert all(torch.equal(value, before[name]) for name, value in given.model.state_dict().items())
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    adapter = read_adapter(tmp_path / "run" / "adapter")
+    assert adapter.digest == result.adapter.digest
+    model = make().model
+    inject(model, adapter)
+    measured = evaluate_loss(Forward(model), examples_of(HELD_OUT))
+    close(torch.tensor(measured.loss), torch.tensor(result.eval_loss), torch.float32)
+
+    def stop(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", base=make(), lora=config, on_step=stop)
+    run(tmp_path / "stopped", base=make(), lora=config, resume=True)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "run")

@@ -18,11 +18,12 @@ from lorasmith.analysis.advice import (
 )
 from lorasmith.analysis.amplification import Amplification, amplification
 from lorasmith.analysis.combine import Combined, Method, combine, subtract
-from lorasmith.analysis.compare import Comparison, compare, overlap_grid, subspace_overlap
+from lorasmith.analysis.compare import Comparison, compare, cosine, overlap_grid, subspace_overlap
+from lorasmith.analysis.dora import Converted, dora_to_lora
 from lorasmith.analysis.extract import Extracted, ExtractErrors, extract_from_full, looks_linear
 from lorasmith.analysis.projection import Projection
 from lorasmith.analysis.spectrum import Spectrum, singular_values, spectra, spectrum, svd
-from lorasmith.analysis.storage import Storage, as_stored
+from lorasmith.analysis.storage import Storage, StorageName, as_stored
 from lorasmith.analysis.survival import Survival, SurvivalReport, survival, survival_report
 from lorasmith.analysis.tensors import open_tensors
 from lorasmith.analysis.truncate import RelativeError, relative_error, truncate
@@ -32,6 +33,7 @@ __all__ = [
     "Capacity",
     "Combined",
     "Comparison",
+    "Converted",
     "Dimension",
     "ExtractErrors",
     "Extracted",
@@ -41,6 +43,7 @@ __all__ = [
     "RelativeError",
     "Spectrum",
     "Storage",
+    "StorageName",
     "Survival",
     "SurvivalReport",
     "Truncation",
@@ -49,6 +52,8 @@ __all__ = [
     "capacity",
     "combine",
     "compare",
+    "cosine",
+    "dora_to_lora",
     "extract_from_full",
     "intrinsic_dimension",
     "looks_linear",

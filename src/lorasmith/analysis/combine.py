@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Literal, get_args
@@ -72,6 +72,7 @@ def combine(
     rank: int | None = None,
     density: float | None = None,
     seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Combined:
     """Σ wᵢ·Δᵢ, or a merge of the Δᵢ, as one adapter.
 
@@ -87,6 +88,7 @@ def combine(
         rank: for `svd`, `ties`, `dare`; by default the largest rank among the adapters.
         density: share of elements kept, for `ties` (0.2 by default) and `dare` (0.5).
         seed: of DARE's dropping; each adapter and module has its own stream.
+        progress: called with (modules done, modules in all, path) before each.
 
     Raises:
         ConfigError: options that do not fit, biases, NaN or infinity.
@@ -100,13 +102,16 @@ def combine(
     rank = rank or max(f.rank for adapter in adapters for f in adapter.factors.values())
     density = density if density is not None else _DENSITY.get(method, 1.0)
     factors, errors, sizes = {}, [], []
-    for path, parts in _by_path(adapters, weights).items():
+    by_path = _by_path(adapters, weights)
+    for done, (path, parts) in enumerate(by_path.items()):
+        if progress is not None:
+            progress(done, len(by_path), path)
         if method in ("ties", "dare"):
             generators = [generator_for(seed, f"dare/{part.index}/{path}") for part in parts]
             made, error, size = _merge_elements(parts, method, rank, density, generators)
         else:
             made, error, size = _add(parts, method, rank)
-        factors[path] = made
+        factors[path] = replace(made, layout=parts[0].factors.layout)
         errors.append(error)
         sizes.append(size)
     return Combined(
@@ -232,6 +237,12 @@ def _check(
         faults.append(
             f"{', '.join(biased)} carry trained biases, which replace the base's and so have no sum: "
             "clear `.biases` to combine the factors alone"
+        )
+    extra = [f"adapters[{i}] ({adapter.extras})" for i, adapter in enumerate(adapters) if adapter.extras]
+    if extra:
+        faults.append(
+            f"{', '.join(extra)} hold more than factors, which has no sum: clear `.extras` to combine the factors "
+            "alone, or convert DoRA with dora_to_lora"
         )
     if faults:
         raise ConfigError("combine:\n  " + "\n  ".join(faults))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,6 +13,7 @@ from lorasmith.analysis.lowrank import (
     difference_norm,
     dtype_of,
     inner,
+    norm,
     numerical_rank,
     pair_norm,
     pair_svd,
@@ -100,6 +102,21 @@ def compare(a: Adapter, b: Adapter) -> dict[str, Comparison]:
     require_same_shapes("compare", {"a": a, "b": b})
     paths = sorted(a.factors.keys() | b.factors.keys())
     return {path: _compare(a.factors.get(path), b.factors.get(path)) for path in paths}
+
+
+def cosine(a: Adapter, b: Adapter) -> float | None:
+    """⟨Δa, Δb⟩ / (‖Δa‖·‖Δb‖) over all modules as one vector; None where a delta is zero.
+
+    Raises:
+        BaseMismatchError: a module has different shapes in the two.
+        ConfigError: factors hold NaN or infinity.
+    """
+    require_finite("cosine", {"a ": a, "b ": b})
+    require_same_shapes("cosine", {"a": a, "b": b})
+    wide_a, wide_b = ({path: widen(f) for path, f in x.factors.items()} for x in (a, b))
+    product = sum(inner(wide_a[path], wide_b[path]) for path in wide_a.keys() & wide_b.keys())
+    sizes = math.hypot(*map(norm, wide_a.values())) * math.hypot(*map(norm, wide_b.values()))
+    return product / sizes if sizes else None
 
 
 def _compare(a: Factors | None, b: Factors | None) -> Comparison:

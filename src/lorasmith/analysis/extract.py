@@ -19,7 +19,10 @@ from lorasmith.lora import Adapter, Factors, LoRAConfig, compute_dtype
 
 _WEIGHT = ".weight"
 # Two-dimensional weights that are no linear layer, or the output head that "all-linear" leaves out.
-_NOT_LINEAR = {"wte", "wpe", "lm_head", "output", "head", "score", "classifier"}
+_NOT_LINEAR = {
+    *("wte", "wpe", "shared", "relative_attention_bias"),
+    *("lm_head", "output", "head", "score", "classifier"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ def extract_from_full(
     transposed: Collection[str] = (),
     dtype: torch.dtype = torch.float32,
     exact_limit: int = EXACT_LIMIT,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Extracted:
     """Per selected weight, the best B @ A for tuned − base, one tensor in memory at a time.
 
@@ -76,6 +80,7 @@ def extract_from_full(
         dtype: of the factors.
         exact_limit: the smaller side up to which the SVD is exact in float64. Beyond, it is randomised
             with power iterations; the errors are measured on the factors either way.
+        progress: called with (tensors done, tensors in all, name) before each.
 
     Raises:
         ConfigError: not exactly one of `rank` and `energy`; nothing that is selected changed.
@@ -89,7 +94,10 @@ def extract_from_full(
     chosen = select or looks_linear
     modules: dict[str, _Module] = {}
     not_captured, lost = dict(_unmatched(base, tuned)), [0.0]
-    for name in sorted(base.keys() & tuned.keys()):
+    shared = sorted(base.keys() & tuned.keys())
+    for done, name in enumerate(shared):
+        if progress is not None:
+            progress(done, len(shared), name)
         change = _difference(name, load(base, name), load(tuned, name))
         path = name.removesuffix(_WEIGHT)
         if isinstance(change, str):

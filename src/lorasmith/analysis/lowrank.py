@@ -126,6 +126,19 @@ def require_one_cut(verb: str, rank: int | None, energy: float | None) -> None:
         raise ConfigError(f"{verb}: energy={energy!r}: use a share above 0 and up to 1, such as 0.99")
 
 
+def require_deltas(verb: str, adapter: Adapter) -> None:
+    """Raise unless scaling · B @ A is all that `adapter` does to the weight of each module.
+
+    Raises:
+        ConfigError: DoRA's magnitudes, or biases inside the factors, which scale with them.
+    """
+    if adapter.extras.magnitudes or adapter.extras.shifts:
+        raise ConfigError(
+            f"{verb}: the adapter holds {adapter.extras}, so B @ A is not its whole update.\n"
+            "  Convert DoRA to plain LoRA first: dora_to_lora(adapter, weights, rank=…)."
+        )
+
+
 def require_finite(verb: str, adapters: Mapping[str, Adapter]) -> None:
     """Refuse NaN and infinity before any decomposition.
 

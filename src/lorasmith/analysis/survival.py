@@ -12,7 +12,7 @@ from torch import Tensor
 from lorasmith.analysis.lowrank import require_finite
 from lorasmith.analysis.storage import Storage, as_stored
 from lorasmith.errors import BaseMismatchError, TargetError
-from lorasmith.lora import Adapter, Factors, add_delta, delta
+from lorasmith.lora import Adapter, Factors, add_delta, delta, dora_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,14 @@ class SurvivalReport:
     relative_error: float
 
 
-def survival(weight: Tensor, factors: Factors, dtype: Storage, *, transposed: bool = False) -> Survival:
+def survival(
+    weight: Tensor,
+    factors: Factors,
+    dtype: Storage,
+    *,
+    transposed: bool = False,
+    magnitude: Tensor | None = None,
+) -> Survival:
     """kept = ⟨realised, Δ⟩ / ‖Δ‖² with realised = dequant(quant(W0q + Δ)) − W0q.
 
     W0q is the base as stored in `dtype`, since that is the model the merge starts from; it equals W0
@@ -49,6 +56,7 @@ def survival(weight: Tensor, factors: Factors, dtype: Storage, *, transposed: bo
         weight: W0, (out, in), or (in, out) when `transposed`.
         dtype: a floating torch dtype, or `"fp32"`, `"bf16"`, `"fp16"`, `"int8"` (absmax per output
             channel), `"nf4"` (absmax per block of 64).
+        magnitude: DoRA's; then delta is what DoRA adds to W0.
 
     Raises:
         BaseMismatchError: W0 and the delta differ in shape.
@@ -59,9 +67,13 @@ def survival(weight: Tensor, factors: Factors, dtype: Storage, *, transposed: bo
     channel_dim = 1 if transposed else 0
     stored = as_stored(weight.detach(), dtype, channel_dim=channel_dim)
     on_device = factors.to(stored.device)
-    wanted = delta(on_device, dtype=stored.dtype)
-    wanted = wanted.T if transposed else wanted
-    merged = add_delta(stored, on_device, transposed=transposed)
+    if magnitude is None:
+        wanted = delta(on_device, dtype=stored.dtype)
+        wanted = wanted.T if transposed else wanted
+        merged = add_delta(stored, on_device, transposed=transposed)
+    else:
+        merged = dora_weight(stored, on_device, magnitude, transposed=transposed)
+        wanted = merged - stored
     realised = as_stored(merged, dtype, channel_dim=channel_dim) - stored
     return _measure(_dot(realised, wanted), _dot(wanted, wanted), _dot(realised - wanted, realised - wanted))
 
@@ -96,7 +108,13 @@ def survival_report(
         if fault := _shape_fault(weight, factors, is_transposed):
             faults.append(f"{path}: {fault}")
         elif not faults:
-            modules[path] = survival(weight, factors, dtype, transposed=is_transposed)
+            modules[path] = survival(
+                weight,
+                factors,
+                dtype,
+                transposed=is_transposed,
+                magnitude=adapter.extras.magnitudes.get(path),
+            )
     if faults:
         raise BaseMismatchError("survival_report: the adapter is for another base:\n  " + "\n  ".join(faults))
     overall = _overall(modules.values())

@@ -15,6 +15,7 @@ from lorasmith.analysis.lowrank import (
     pair_norm,
     pair_svd,
     ratio,
+    require_deltas,
     require_finite,
     require_one_cut,
     widen,
@@ -52,6 +53,7 @@ def truncate(adapter: Adapter, *, rank: int | None = None, energy: float | None 
     """
     require_one_cut("truncate", rank, energy)
     require_finite("truncate", {"": adapter})
+    require_deltas("truncate", adapter)
     factors = {path: truncate_factors(f, rank=rank, energy=energy) for path, f in adapter.factors.items()}
     return replace(
         adapter,
@@ -66,7 +68,8 @@ def truncate_factors(factors: Factors, *, rank: int | None = None, energy: float
     """`truncate` for one module."""
     svd = pair_svd(widen(factors))
     kept = kept_rank(svd[1], rank=rank, energy=energy)
-    return balanced(svd, kept, dtype=dtype_of(factors), device=factors.A.device)
+    made = balanced(svd, kept, dtype=dtype_of(factors), device=factors.A.device)
+    return replace(made, layout=factors.layout)
 
 
 def relative_error(a: Adapter, b: Adapter) -> RelativeError:

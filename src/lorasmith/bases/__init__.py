@@ -3,6 +3,7 @@
 May import: lora, errors
 """
 
+from lorasmith.bases.attention import AttentionFunction, attention
 from lorasmith.bases.builtin import BUILTINS, Builtin, builtin_directory
 from lorasmith.bases.cache import home
 from lorasmith.bases.fingerprint import Fingerprint, fingerprint_directory
@@ -21,11 +22,13 @@ from lorasmith.bases.skeleton import Skeleton, load_skeleton
 
 __all__ = [
     "BUILTINS",
+    "AttentionFunction",
     "Base",
     "Builtin",
     "Fingerprint",
     "Skeleton",
     "TensorHeader",
+    "attention",
     "base_directory",
     "builtin_directory",
     "dtype_reason",

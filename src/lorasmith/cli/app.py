@@ -8,7 +8,26 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from lorasmith.cli import advise, check, data, evaluate, generate, merge, plan, quickstart, runs, train
+from lorasmith.cli import (
+    advise,
+    bench,
+    check,
+    combine,
+    compress,
+    data,
+    evaluate,
+    export,
+    extract,
+    generate,
+    inspect_adapter,
+    merge,
+    plan,
+    quickstart,
+    runs,
+    serve,
+    store,
+    train,
+)
 from lorasmith.errors import LoraSmithError
 
 BAD_INPUT = 2
@@ -41,7 +60,16 @@ app.command("generate")(generate.generate)
 app.command("check")(check.check)
 app.command("merge")(merge.merge)
 app.command("runs")(runs.runs)
+app.command("bench")(bench.bench)
+app.command("inspect")(inspect_adapter.inspect)
+app.command("compress")(compress.compress)
+app.command("combine")(combine.combine)
+app.command("extract")(extract.extract)
+app.command("export")(export.export)
+app.command("serve")(serve.serve)
+app.command("key")(serve.key)
 app.add_typer(data.app, name="data")
+app.add_typer(store.app, name="store")
 
 
 def main() -> None:

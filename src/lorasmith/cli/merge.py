@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorasmith.cli.options import BaseOption, JsonOption, MismatchOption, load_adapter, print_json, probe_ids
+from lorasmith.cli.survey import show_survey, survey, survival_values
 from lorasmith.errors import MergeLossError, OutputError
 
 if TYPE_CHECKING:
+    import torch
+
+    from lorasmith.analysis import SurvivalReport
     from lorasmith.bases import Base
+    from lorasmith.lora import Adapter
 
 LARGEST_ERROR = 0.5
 """Relative error of the merged update beyond which `merge` refuses: half of it would be noise."""
@@ -22,7 +27,9 @@ LARGEST_ERROR = 0.5
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter directory.")],
     base: BaseOption,
-    out: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the merged model. Without it only the survival is shown.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the merged model: auto, bf16, fp16 or fp32.")] = "auto",
     force: Annotated[
         bool, typer.Option("--force", help="Merge although the rounding eats the update.")
@@ -31,32 +38,19 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Write a plain model; refuses when the update does not survive the rounding."""
-    import torch
-
-    from lorasmith.analysis import survival_report
     from lorasmith.bases import load_base
-    from lorasmith.inject import eject, inject
-    from lorasmith.inject import merge as fold
 
-    if out.exists():
+    if out is not None and out.exists():
         raise OutputError(f"{out} exists already. Choose another folder; nothing was written.")
     loaded = load_base(base, dtype=dtype)
     tuned = load_adapter(adapter, loaded, allow_base_mismatch=allow_base_mismatch)
-    probe = probe_ids(loaded)
-    with torch.no_grad():
-        transposed = inject(loaded.model, tuned).transposed
-        unmerged = loaded.model(probe).logits.float()
-        eject(loaded.model)
-        weights = {path: loaded.model.get_submodule(path).weight for path in tuned.factors}
-        report = survival_report(weights, tuned, loaded.model.dtype, transposed=transposed)
-        _refuse_if_lost(report.relative_error, report.kept, str(loaded.model.dtype), force=force)
-        fold(loaded.model, tuned)
-        difference = float((loaded.model(probe).logits.float() - unmerged).abs().max())
+    if out is None:
+        result = survey(loaded, tuned)
+        print_json(result) if as_json else show_survey(result, str(loaded.model.dtype))
+        return
+    report, difference = _fold(loaded, tuned, force=force)
     _write(loaded, out)
-    result: dict[str, Any] = {
-        "survival": {"kept": report.kept, "relative_error": report.relative_error},
-        "max_abs_logit_diff": difference, "out": str(out),
-    }  # fmt: skip
+    result = {"survival": survival_values(report), "max_abs_logit_diff": difference, "out": str(out)}
     if as_json:
         print_json(result)
     else:
@@ -64,13 +58,37 @@ def merge(
               f"largest difference of a logit {difference:.3g}")  # fmt: skip
 
 
-def _refuse_if_lost(error: float, kept: float, dtype: str, *, force: bool) -> None:
-    if error > LARGEST_ERROR and not force:
-        raise MergeLossError(
-            f"Merging into {dtype.removeprefix('torch.')} would keep {kept:.0%} of the update with a relative error "
-            f"of {error:.0%} (limit {LARGEST_ERROR:.0%}); nothing was written.\n"
-            "  Merge with --dtype fp32, serve the adapter unmerged, or insist with --force."
-        )
+def _fold(base: Base, adapter: Adapter, *, force: bool) -> tuple[SurvivalReport, float]:
+    """Merge into the live model, unless too little would survive; also the largest change of a logit by it."""
+    import torch
+
+    from lorasmith.analysis import survival_report
+    from lorasmith.inject import base_matrices, eject, inject
+    from lorasmith.inject import merge as fold
+
+    probe = probe_ids(base)
+    with torch.no_grad():
+        inject(base.model, adapter)
+        unmerged = base.model(probe).logits.float()
+        eject(base.model)
+        report = survival_report(base_matrices(base.model, adapter), adapter, base.model.dtype)
+        _refuse_if_lost(report, base.model.dtype, force=force)
+        fold(base.model, adapter)
+        return report, float((base.model(probe).logits.float() - unmerged).abs().max())
+
+
+def _refuse_if_lost(report: SurvivalReport, dtype: torch.dtype, *, force: bool) -> None:
+    if report.relative_error <= LARGEST_ERROR or force:
+        return
+    name = str(dtype).removeprefix("torch.")
+    instead = "" if name == "float32" else "Merge with --dtype fp32, serve"
+    path, worst = max(report.modules.items(), key=lambda item: item[1].relative_error)
+    raise MergeLossError(
+        f"Merging into {name} would keep {report.kept:.0%} of the update with a relative error "
+        f"of {report.relative_error:.0%} (limit {LARGEST_ERROR:.0%}); nothing was written.\n"
+        f"  worst module: {path}, error {worst.relative_error:.0%}\n"
+        f"  {instead or 'Serve'} the adapter unmerged, or insist with --force."
+    )
 
 
 def _write(base: Base, out: Path) -> None:

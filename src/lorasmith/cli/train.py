@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import JsonOption, print_json, say
+from lorasmith.cli.options import JsonOption, parse_bytes, print_json, say
 from lorasmith.errors import ConfigError, did_you_mean
 
 TOP_LEVEL = ("base", "data", "eval_data", "out", "dtype", "lora", "train")
@@ -38,6 +38,9 @@ def train(
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens per forward pass. Default 2048.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per sequence. Default 1024.")] = None,
     packing: Annotated[str | None, typer.Option(help="auto, none, plain or tree.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="auto, block, inductor or plain.")] = None,
+    recompute: Annotated[str | None, typer.Option(help="auto, none, mlp or layers.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Largest peak of memory, such as 2GiB.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of factors, order and dropout. Default 0.")] = None,
@@ -56,8 +59,10 @@ def train(
             lora[name] = parse_targets(flags[name])
     settings = run.get("train", {}) | given(
         flags, "method", "lr", "epochs", "max_steps", "batch_size", "batch_tokens", "max_length", "packing",
-        "eval_every", "save_every", "seed",
+        "kernels", "recompute", "eval_every", "save_every", "seed",
     )  # fmt: skip
+    if budget is not None:
+        settings["budget_bytes"] = parse_bytes(budget)
     places = {k: run.get(k) for k in TOP_LEVEL[:5]} | given(
         flags, "base", "data", "eval_data", "out", "dtype"
     )

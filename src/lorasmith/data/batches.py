@@ -26,6 +26,7 @@ class Steps:
     epochs: int
     seed: int
     drop_last: bool
+    shuffle: bool = True
 
     @property
     def per_epoch(self) -> int:
@@ -41,6 +42,8 @@ class Steps:
             raise IndexError(f"step {step} of {len(self)}")
         epoch, within = divmod(step % len(self), self.per_epoch)
         start = within * self.batch_size
+        if not self.shuffle:
+            return list(range(start, min(start + self.batch_size, self.examples)))
         order = _order(self.examples, self.seed, epoch)
         return [int(i) for i in order[start : start + self.batch_size]]
 
@@ -48,7 +51,15 @@ class Steps:
         return (self[step] for step in range(len(self)))
 
 
-def steps(examples: Sized, *, batch_size: int, epochs: int, seed: int, drop_last: bool = False) -> Steps:
+def steps(
+    examples: Sized,
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    drop_last: bool = False,
+    shuffle: bool = True,
+) -> Steps:
     """Plan the optimizer steps of a run; nothing but the number of examples is looked at.
 
     Raises:
@@ -58,7 +69,7 @@ def steps(examples: Sized, *, batch_size: int, epochs: int, seed: int, drop_last
     for name, value, least in (("batch_size", batch_size, 1), ("epochs", epochs, 1), ("seed", seed, 0)):
         if value < least:
             raise ConfigError(f"{name}={value}: it must be at least {least}.")
-    plan = Steps(len(examples), batch_size, epochs, seed, drop_last)
+    plan = Steps(len(examples), batch_size, epochs, seed, drop_last, shuffle)
     if not len(plan):
         advice = f" Lower batch_size={batch_size} or keep the last batch." if len(examples) else ""
         raise DataError(f"{len(examples)} examples make no optimizer step.{advice}")

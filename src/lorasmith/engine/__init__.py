@@ -4,7 +4,18 @@ May import: inject, lora, formats, bases, errors
 """
 
 from lorasmith.engine.engine import Engine
+from lorasmith.engine.prompts import encode_prompt
 from lorasmith.engine.requests import FinishReason, OnToken, Prompt, Request, Result, TokenEvent
 from lorasmith.engine.rows import Handle
 
-__all__ = ["Engine", "FinishReason", "Handle", "OnToken", "Prompt", "Request", "Result", "TokenEvent"]
+__all__ = [
+    "Engine",
+    "FinishReason",
+    "Handle",
+    "OnToken",
+    "Prompt",
+    "Request",
+    "Result",
+    "TokenEvent",
+    "encode_prompt",
+]

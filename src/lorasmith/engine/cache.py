@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorasmith.errors import BudgetError
+
 GROWTH_TOKENS = 128
 
 
@@ -49,15 +51,37 @@ class KVCache:
         return self.shape.bytes_per_token * self.max_rows * self.capacity
 
     def limit(self, max_bytes: int, max_tokens: int) -> None:
-        """Let rows grow to `max_tokens`, or to what fits `max_bytes`."""
-        self.max_tokens = min(max_tokens, max_bytes // (self.shape.bytes_per_token * self.max_rows))
+        """Let rows grow to `max_tokens`, or to what fits `max_bytes`. Only while no row is alive.
+
+        Raises:
+            BudgetError: not even one token and its successor fit.
+        """
+        token_bytes = self.shape.bytes_per_token * self.max_rows
+        self.max_tokens = min(max_tokens, max_bytes // token_bytes)
+        if self.max_tokens < 2:
+            raise BudgetError(
+                f"Engine: kv_cache_bytes={max_bytes:,} and max_context={max_tokens:,} leave "
+                f"{max(0, self.max_tokens)} tokens for each of {self.max_rows} rows "
+                f"({token_bytes:,} bytes for one token of every row). Raise them, or lower max_rows."
+            )
+        self.keys, self.values, self.capacity = [], [], 0
+        self.reserve(min(GROWTH_TOKENS, self.max_tokens))
+
+    def renewed(self) -> KVCache:
+        """An empty cache of the same shape and limits."""
+        other = KVCache(self.shape, self.max_rows)
+        other.max_tokens = self.max_tokens
+        other.keys, other.values, other.capacity = [], [], 0
+        other.reserve(min(GROWTH_TOKENS, self.max_tokens))
+        return other
 
     def reserve(self, tokens: int) -> None:
         """Make every row at least `tokens` long; what was written stays."""
         if tokens <= self.capacity:
             return
         wanted = max(tokens, min(2 * self.capacity, self.max_tokens))
-        wanted = -(-wanted // GROWTH_TOKENS) * GROWTH_TOKENS
+        rounded = -(-wanted // GROWTH_TOKENS) * GROWTH_TOKENS
+        wanted = max(wanted, min(rounded, self.max_tokens))  # never beyond the budget that rows were given
         self.keys = self._grown(self.keys, self.shape.key_dims, wanted)
         self.values = self._grown(self.values, self.shape.value_dims, wanted)
         self.capacity = wanted
@@ -66,6 +90,11 @@ class KVCache:
         """Copy the first `tokens` of row `source` over row `target`."""
         for tensor in (*self.keys, *self.values):
             tensor[target, :tokens].copy_(tensor[source, :tokens])
+
+    def clear(self, row: int) -> None:
+        """Overwrite a row with zeros."""
+        for tensor in (*self.keys, *self.values):
+            tensor[row].zero_()
 
     def read(self, row: int, start: int, end: int) -> list[Tensor]:
         """An independent copy of some tokens of one row: keys of each layer, then values."""

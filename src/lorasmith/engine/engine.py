@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from lorasmith.engine.generic import GenericRunner
-from lorasmith.engine.llama import LlamaRunner, why_not_fast
+from lorasmith.engine.loop import Loop
 from lorasmith.engine.merged import MergedPath
 from lorasmith.engine.prefix import Owner, PrefixCache
 from lorasmith.engine.prompts import encode_prompt
@@ -19,17 +20,20 @@ from lorasmith.engine.registry import Generation, Registry
 from lorasmith.engine.requests import OnToken, Request, Result
 from lorasmith.engine.rows import Handle, Row
 from lorasmith.engine.runner import Runner
+from lorasmith.engine.runners import make_runner
 from lorasmith.engine.sampling import Sampler
 from lorasmith.engine.scheduler import Scheduler
 from lorasmith.engine.text import TextStream
-from lorasmith.errors import AdapterFileError, BudgetError, ConfigError
+from lorasmith.errors import BudgetError, ConfigError, MergeStateError
 from lorasmith.inject import check_fit
 from lorasmith.lora import Adapter
 
 DEFAULT_KV_CACHE_BYTES = 2 << 30
 DEFAULT_PREFIX_CACHE_BYTES = 256 << 20
+DEFAULT_STUCK_AFTER_S = 300.0
 BLOCK_TOKENS = 64
-IDLE_WAIT_S = 0.05
+FAULTS_BEFORE_QUEUE_FAILS = 3
+WAIT_S = 0.2
 
 
 class Engine:
@@ -39,7 +43,8 @@ class Engine:
         base: what `load_base` returns, or anything with `model`, `tokenizer` (or None) and `stop_token_ids`.
         max_rows: requests that run at once; others wait.
         deterministic: every row's bits are the same whatever its neighbours. Slower.
-        runner: `"fast"` (Llama family), `"generic"` (any decoder), or `"auto"`.
+        runner: `"fast"` (Llama family), `"generic"` (any decoder with keys and values), `"solo"` (any model,
+            one row and one adapter at a time), or `"auto"`, the first of them that works.
         max_context: tokens per row at most; by default what the model and `kv_cache_bytes` allow.
         kv_cache_bytes: memory for keys and values; taken as rows need it.
         prefix_cache_bytes: memory for reuse between requests that begin alike; 0 turns it off.
@@ -48,6 +53,7 @@ class Engine:
         max_waiting: requests that may wait; None is no limit.
         pack_weights: keep a packed second copy of bfloat16 weights (CPU), which halves decoding time.
         merge_after_steps: merge an adapter that owned all traffic for this many steps; None never merges.
+        stuck_after_s: a step of `run_forever` that lasts longer is given up; None waits for ever.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Engine:
         max_waiting: int | None = None,
         pack_weights: bool = True,
         merge_after_steps: int | None = None,
+        stuck_after_s: float | None = DEFAULT_STUCK_AFTER_S,
     ) -> None:
         if max_rows < 1 or chunk_tokens < 1:
             raise ConfigError(
@@ -78,26 +85,25 @@ class Engine:
         self.base = base
         self.deterministic = deterministic
         self.max_waiting = max_waiting
-        self.runner = _make_runner(base.model, runner, max_rows, deterministic, pack_weights)
-        self.runner.cache.limit(kv_cache_bytes, _smallest(max_context, self.runner.max_positions))
+        made = make_runner(base.model, runner, max_rows=max_rows, exact=deterministic, pack=pack_weights)
+        self.why_not_fast = made.why_not_fast
+        made.runner.cache.limit(kv_cache_bytes, _smallest(max_context, made.runner.max_positions))
         self.registry = Registry(self._check, adapter_bytes)
         self.scheduler = Scheduler(
-            self.runner,
+            made.runner,
             PrefixCache(prefix_cache_bytes, BLOCK_TOKENS),
             max_rows=max_rows,
             chunk_tokens=chunk_tokens,
             exact=deterministic,
         )
-        self.merged = MergedPath(self.runner, merge_after_steps)
+        self.merged = MergedPath(merge_after_steps)
         self.heartbeat = time.monotonic()
+        self.failure: str | None = None
         self._base_identity = _identity(base)
         self._stop_ids = frozenset(getattr(base, "stop_token_ids", ()) or ())
         self._forgotten: list[Generation] = []
-        self._step_lock = threading.Lock()
-        self._work = threading.Event()
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
-        self.restarts = 0
+        self._faults = 0
+        self._loop = Loop(self.step, self._recover, lambda: self.scheduler.busy_since, stuck_after_s)
 
     def add_adapter(self, name: str, adapter_or_path: Adapter | str | Path) -> str:
         """Register an adapter under `name`, or point `name` to a new one; return its content digest.
@@ -131,6 +137,33 @@ class Engine:
         return self.registry.names()
 
     @property
+    def served_alone(self) -> dict[str, str]:
+        """Name → why this adapter shares no batch: it is put on the model, one adapter at a time, more slowly."""
+        return self.registry.reasons()
+
+    @property
+    def runner(self) -> Runner:
+        """What computes."""
+        return self.scheduler.runner
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose. With a base that is mapped from its file and packed, `base` is mostly not resident."""
+        runner = self.runner
+        return {
+            "base": sum(p.numel() * p.element_size() for p in self.base.model.parameters()),
+            "packed": getattr(runner, "packed_bytes", 0),
+            "kv_cache": runner.cache.num_bytes,
+            "prefix_cache": self.scheduler.prefix.num_bytes,
+            "slots": runner.slots.num_bytes,
+            "adapters": self.registry.resident_bytes,
+        }
+
+    @property
+    def restarts(self) -> int:
+        """How often the watchdog had to start the loop again."""
+        return self._loop.restarts
+
+    @property
     def max_row_tokens(self) -> int:
         """Prompt and answer of one request, at most."""
         return self.runner.cache.max_tokens
@@ -150,8 +183,12 @@ class Engine:
                 self._release(row)
             raise
         self._enqueue(rows)
-        while self._thread is None and not all(row.handle.done() for row in rows):
-            self.step()
+        for row in rows:
+            while not row.handle.done():
+                if self._loop.is_running:
+                    row.handle.wait(WAIT_S)  # not for ever: the loop may be stopped meanwhile
+                else:
+                    self.step()
         return [row.handle.result() for row in rows]
 
     def submit(self, request: Request, on_token: OnToken | None = None) -> Handle:
@@ -162,54 +199,32 @@ class Engine:
             BudgetError: prompt and answer do not fit a row, or too many requests wait.
             DataError: the prompt is empty or cannot be rendered.
         """
-        with self.scheduler.lock:
-            waiting = len(self.scheduler.waiting)
-        if self.max_waiting is not None and waiting >= self.max_waiting:
-            raise BudgetError(f"{waiting} requests wait already, {self.max_waiting} may. Try again later.")
         row = self._row(request, on_token)
-        self._enqueue([row])
+        try:
+            self._enqueue([row], limit=self.max_waiting)
+        except BudgetError:
+            self._release(row)
+            raise
         return row.handle
 
-    @torch.no_grad()
     def step(self) -> bool:
         """Run one step; return whether there is more to do."""
-        with self._step_lock:
-            self.heartbeat = time.monotonic()
+        while True:
             scheduler = self.scheduler
-            with scheduler.lock:
-                owners = [row.generation for row in (*scheduler.rows, *scheduler.waiting)]
-            while self._forgotten:
-                self.runner.slots.drop(self._forgotten.pop())
-            self.merged.before_step(owners)
-            scheduler.merged = self.merged.current
-            with torch.inference_mode():
-                try:
-                    ended = scheduler.step()
-                except Exception as error:  # a fault of the engine, not of one row: nobody may hang
-                    ended = [
-                        *scheduler.finished,
-                        *scheduler.abort(f"engine: {type(error).__name__}: {error}"),
-                    ]
-            for row in ended:
-                self._finish(row)
-            return not scheduler.is_idle
+            with scheduler.step_lock:
+                if scheduler is self.scheduler:  # the one we waited for may have been given up
+                    return self._step(scheduler)
 
     def run_forever(self) -> None:
-        """Start the loop in a thread of its own; it is started again if it dies."""
-        if self._thread is not None:
-            return
-        self._stopping.clear()
-        self._thread = threading.Thread(target=self._supervise, name="lorasmith-engine", daemon=True)
-        self._thread.start()
+        """Start the loop in a thread of its own, and a watchdog that replaces it if it dies or hangs."""
+        self._loop.start()
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """Stop the loop after its present step. Requests that did not end are cancelled."""
-        thread, self._thread = self._thread, None
-        if thread is None:
+        if not self._loop.is_running:
             return
-        self._stopping.set()
-        self._work.set()
-        thread.join(timeout_s)
+        if not self._loop.stop(timeout_s):
+            self._recover("the engine was stopped in the middle of a step that hung")
         with self.scheduler.lock:
             left = [*self.scheduler.rows, *self.scheduler.waiting]
         for row in left:
@@ -218,39 +233,90 @@ class Engine:
 
     def is_alive(self, max_silence_s: float = 60.0) -> bool:
         """Whether the loop runs and made a step lately; for readiness probes."""
-        is_running = self._thread is not None and self._thread.is_alive()
-        return is_running and time.monotonic() - self.heartbeat < max_silence_s
+        is_recent = time.monotonic() - self.heartbeat < max_silence_s
+        return self.failure is None and self._loop.is_alive and is_recent
 
     def close(self) -> None:
         """Stop the loop and leave the model as it was."""
         self.stop()
-        self.merged.leave()
+        if self.failure is None:
+            self.scheduler.attached.hold(self.runner, None)
+            self.merged.leave(self.runner)
         if isinstance(self.runner, GenericRunner):
             self.runner.close()
 
-    def _supervise(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                self._loop()
-            except Exception:  # step() contains faults of requests; this is the last resort
-                self.restarts += 1
-                time.sleep(IDLE_WAIT_S)
+    @torch.no_grad()
+    def _step(self, scheduler: Scheduler) -> bool:
+        scheduler.busy_since = self.heartbeat = time.monotonic()
+        try:
+            for row in self._advance(scheduler):
+                self._finish(row)
+        finally:
+            scheduler.busy_since = None
+        return not scheduler.is_idle
 
-    def _loop(self) -> None:
-        while not self._stopping.is_set():
-            self._work.clear()
-            if not self.step():
-                self._work.wait(IDLE_WAIT_S)
+    def _advance(self, scheduler: Scheduler) -> list[Row]:
+        """One step of the scheduler; a fault of the engine itself ends what runs, so that nobody hangs."""
+        if self.failure is not None:
+            return scheduler.abort(self.failure, and_waiting=True)
+        try:
+            while self._forgotten:
+                scheduler.runner.slots.drop(self._forgotten.pop())
+            with scheduler.lock:
+                owners = [row.generation for row in (*scheduler.rows, *scheduler.waiting)]
+            self.merged.before_step(scheduler, owners)
+            scheduler.merged = self.merged.current
+            with torch.inference_mode():
+                ended = scheduler.step()
+        except Exception as error:
+            self._faults += 1
+            said = f"engine: {type(error).__name__}: {error}"
+            self._check_model(scheduler, said)
+            # What fails again and again would keep those that wait for ever.
+            repeats = self._faults >= FAULTS_BEFORE_QUEUE_FAILS or self.failure is not None
+            return scheduler.abort(said, and_waiting=repeats)
+        self._faults = 0
+        self._check_model(scheduler, "an adapter could not be put on the model, or taken off")
+        return ended
 
-    def _check(self, adapter: Adapter) -> None:
-        check_fit(self.base.model, adapter)
-        if adapter.biases:
-            raise AdapterFileError(
-                f"The adapter also trained {len(adapter.biases)} biases, which the engine does not serve "
-                "unmerged. Merge it into a model of its own (lorasmith merge)."
+    def _check_model(self, scheduler: Scheduler, reason: str) -> None:
+        if self.merged.is_changing or scheduler.attached.is_changing or scheduler.attached.is_broken:
+            self.failure = (
+                f"{reason}. The base's weights were being changed, so they cannot be trusted: "
+                "load the base again and make a new Engine."
             )
 
+    def _recover(self, reason: str) -> None:
+        """Fail what is in flight and go on with state that a hanging thread does not know."""
+        old = self.scheduler
+        with old.lock:
+            old.is_abandoned = True
+            self._check_model(old, reason)
+            rows = [*old.rows, *old.finished]
+            try:
+                self.scheduler = old.renewed()
+            except Exception as error:  # no memory, mostly: then nobody may wait any longer
+                self.failure = f"{reason}, and could not be replaced: {type(error).__name__}: {error}"
+                rows += old.waiting
+                old.waiting.clear()
+        self._forgotten = []
+        told = []
+        for row in rows:
+            if row.handle.claim():
+                result = row.to_failure(reason)
+                self._release(row)
+                row.handle.set(result)
+                told.append((row, result))
+        for row, result in told:  # a listener may be what hangs, so none may hang us or another
+            threading.Thread(target=_tell_end, args=(row, result), daemon=True).start()
+
+    def _check(self, adapter: Adapter) -> str | None:
+        check_fit(self.base.model, adapter)
+        return self.runner.slots.why_not(adapter)
+
     def _row(self, request: Request, on_token: OnToken | None) -> Row:
+        if self.failure is not None:
+            raise MergeStateError(f"The engine serves no more requests: {self.failure}")
         prompt = encode_prompt(request.prompt, self.base.tokenizer, self.runner.vocab_size)
         total = len(prompt) + request.max_tokens
         if total > self.max_row_tokens:
@@ -270,18 +336,24 @@ class Engine:
             stream=TextStream(self.base.tokenizer, request.stop),
             stop_token_ids=self._stop_ids,
             on_token=on_token,
-            handle=Handle(self._work.set),
+            handle=Handle(self._loop.work.set),
         )
 
-    def _enqueue(self, rows: Sequence[Row]) -> None:
+    def _enqueue(self, rows: Sequence[Row], limit: int | None = None) -> None:
         with self.scheduler.lock:
-            self.scheduler.waiting.extend(rows)
-        self._work.set()
+            waiting = self.scheduler.waiting
+            if limit is not None and len(waiting) >= limit:
+                raise BudgetError(f"{len(waiting)} requests wait already, {limit} may. Try again later.")
+            waiting.extend(rows)
+        self._loop.work.set()
 
     def _finish(self, row: Row) -> None:
+        if not row.handle.claim():
+            return  # it was given up while its thread hung
         result = row.to_result()
         self._release(row)
         row.handle.set(result)
+        row.tell_end(result)
 
     def _release(self, row: Row) -> None:
         generation = row.generation
@@ -291,15 +363,9 @@ class Engine:
                 self._forgotten.append(generation)  # its slot is the loop's to empty
 
 
-def _make_runner(model: Any, kind: str, max_rows: int, deterministic: bool, pack: bool) -> Runner:
-    if kind not in ("auto", "fast", "generic"):
-        raise ConfigError(f'Engine: runner="{kind}" is unknown: use "auto", "fast" or "generic"')
-    reason = why_not_fast(model)
-    if kind == "fast" and reason:
-        raise ConfigError(f'Engine: runner="fast" cannot run this base: {reason}. Use "generic" or "auto".')
-    if kind == "generic" or reason:
-        return GenericRunner(model, max_rows=max_rows, exact=deterministic)
-    return LlamaRunner(model, max_rows=max_rows, pack=pack, exact=deterministic)
+def _tell_end(row: Row, result: Result) -> None:
+    with contextlib.suppress(BaseException):  # SystemExit too: it may be what ended the loop
+        row.tell_end(result)
 
 
 def _identity(base: Any) -> str:

@@ -7,6 +7,8 @@ guessed from its name: it is tried once on a few tokens against the plain forwar
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -69,12 +71,27 @@ class _Recorder:
         return 0
 
 
+class _Active(threading.local):
+    """What the hooks of this thread's forward pass add; nothing outside of one."""
+
+    batch: Batch | None = None
+    slots: Slots | None = None
+
+
 class GenericRunner:
-    """See the module's docstring. `exact` computes one row at a time."""
+    """See the module's docstring. `exact` computes one row at a time.
+
+    Args:
+        cache: the cache of another runner of the same model, to serve adapters that are put on the model
+            itself; then no hook is set.
+    """
 
     name = "generic"
+    is_solo = False
 
-    def __init__(self, model: Any, *, max_rows: int, exact: bool = False) -> None:
+    def __init__(
+        self, model: Any, *, max_rows: int, exact: bool = False, cache: KVCache | None = None
+    ) -> None:
         self.model = model
         self.exact = exact
         self.vocab_size = int(model.config.vocab_size)
@@ -82,20 +99,37 @@ class GenericRunner:
         self._dtype: torch.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self._device: torch.device = next(model.parameters()).device
         self.cache = KVCache(self._probe_shapes(), max_rows)
-        linears = _linears(model)
+        linears = _linears(model) if cache is None else {}
         specs = [GroupSpec((path,), i, (o,)) for path, (_, i, o) in linears.items()]
         self.slots = Slots(specs, self._dtype, self._device)
         self.is_row_invariant = False
-        self._batch: Batch | None = None
+        self._active = _Active()
         self._hooks = [
             module.register_forward_hook(self._hook(number))
             for number, (module, _, _) in enumerate(linears.values())
         ]
         try:
             self._check_against_plain_forward()
-        except BaseException:
+        except ConfigError:
             self.close()
             raise
+        except Exception as error:
+            self.close()
+            raise _unsupported(model, f"with our cache its forward pass failed: {error}") from error
+        if cache is not None:
+            if cache.shape != self.cache.shape:
+                raise _unsupported(model, "its keys and values have another shape than the fast runner's")
+            self.cache = cache
+
+    def renewed(self) -> GenericRunner:
+        """The same model and hooks, with a cache and slots of its own."""
+        other = copy.copy(self)
+        other.cache, other.slots = self.cache.renewed(), self.slots.renewed()
+        return other
+
+    def attached(self) -> GenericRunner:
+        """This runner: it calls the modules that carry the adapter."""
+        return self
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -108,15 +142,17 @@ class GenericRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Logits after the last new token of each row, (rows, vocabulary)."""
-        new = batch.tokens.shape[1]
-        span = max(batch.starts) + new
-        self.cache.reserve(span)
+        new, span = batch.tokens.shape[1], batch.span
+        self.cache.reserve(span + (len(batch.rows) > 1 and new > 1))
         starts = torch.tensor(batch.starts, device=self._device)
         positions = starts[:, None] + torch.arange(new, device=self._device)
+        # The padding of a short row is written behind the longest one, where nobody reads it.
+        index = self.cache.flat_index(
+            torch.tensor(batch.rows, device=self._device), positions.clamp(max=span)
+        )
         if self.max_positions is not None:  # padding of a short row may lie beyond the model's last position
             positions = positions.clamp(max=self.max_positions - 1)
-        index = self.cache.flat_index(torch.tensor(batch.rows, device=self._device), positions)
-        self._batch = batch
+        self._active.batch, self._active.slots = batch, self.slots
         try:
             logits: Tensor = self.model(
                 input_ids=batch.tokens,
@@ -126,7 +162,7 @@ class GenericRunner:
                 use_cache=True,
             ).logits
         finally:
-            self._batch = None
+            self._active.batch = self._active.slots = None
         last = torch.tensor([n - 1 for n in batch.lengths], device=self._device)
         return logits[torch.arange(len(batch.rows), device=self._device), last]
 
@@ -151,12 +187,12 @@ class GenericRunner:
 
     def _hook(self, number: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            batch = self._batch
-            if batch is None or batch.routing is None or not batch.routing.active[number]:
+            batch, slots = self._active.batch, self._active.slots
+            if batch is None or slots is None or batch.routing is None or not batch.routing.active[number]:
                 return None
             x = inputs[0].reshape(-1, inputs[0].shape[-1])
             y = output.reshape(-1, output.shape[-1]).contiguous()
-            add_lora(y, x, self.slots, number, batch.routing)
+            add_lora(y, x, slots, number, batch.routing)
             return y.view(output.shape)
 
         return add
@@ -199,7 +235,7 @@ class GenericRunner:
 def _unsupported(model: nn.Module, reason: str) -> ConfigError:
     return ConfigError(
         f"The engine cannot batch {type(model).__name__}: {reason}.\n"
-        "  Use transformers' generate with one adapter at a time (lorasmith.inject, then model.generate)."
+        '  Use runner="auto" or "solo", which computes one row and one adapter at a time.'
     )
 
 

@@ -6,6 +6,7 @@ fewer and larger products, on a cache that attention reads in place.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from lorasmith.engine import native
 from lorasmith.engine.cache import KVCache, KVShape
-from lorasmith.engine.kernels import LinearGroup, can_pack
+from lorasmith.engine.generic import GenericRunner
+from lorasmith.engine.kernels import LinearGroup, calibrate, can_pack
 from lorasmith.engine.native_llama import DecodeOps, Positions
+from lorasmith.engine.pages import give_back
 from lorasmith.engine.runner import Batch, rows_of
 from lorasmith.engine.slots import GroupSpec, Slots, add_lora
 
@@ -63,11 +66,13 @@ class LlamaRunner:
     """See the module's docstring. `exact` makes every row's bits independent of its neighbours."""
 
     name = "fast"
+    is_solo = False
 
     def __init__(self, model: Any, *, max_rows: int, pack: bool = True, exact: bool = False) -> None:
         self.model = model
         self.exact = exact
         self._max_rows = max_rows
+        self._attached: GenericRunner | None = None
         config = model.config
         attention = model.model.layers[0].self_attn
         self._head_dim = int(attention.head_dim)
@@ -85,6 +90,9 @@ class LlamaRunner:
             self._ops = DecodeOps(self._heads, self._kv_heads, self._head_dim, self._scaling, self._eps)
         self._layers = [self._layer(layer) for layer in model.model.layers]
         self._head = LinearGroup([model.lm_head], pack=self._pack)
+        if self._pack and not exact:  # deterministic mode knows one kernel only
+            calibrate([g for layer in self._layers for g in layer.groups])
+        self._give_back_pages()
         dims = ((self._kv_heads, self._head_dim),) * len(self._layers)
         self.cache = KVCache(KVShape(dims, dims, weight.dtype, weight.device), max_rows)
         self.slots = Slots(self._specs(), weight.dtype, weight.device)
@@ -100,12 +108,35 @@ class LlamaRunner:
         if self._pack:
             for group in (*(g for layer in self._layers for g in layer.groups), self._head):
                 group.repack()
+            self._give_back_pages()
+
+    def _give_back_pages(self) -> None:
+        """Where the packed copy computes, the weights of the file need not stay in memory."""
+        if self._pack:
+            groups = [g for layer in self._layers for g in layer.groups if g.plain_from is None]
+            give_back([module.weight for group in groups for module in group.modules])
+
+    def renewed(self) -> LlamaRunner:
+        """The same weights, with a cache, slots and working memory of its own."""
+        other = copy.copy(self)
+        other.cache, other.slots, other._attached = self.cache.renewed(), self.slots.renewed(), None
+        if self._ops is not None:
+            other._ops = self._ops.renewed()
+        return other
+
+    def attached(self) -> GenericRunner:
+        """The model's own forward on this runner's cache, made when it is first needed."""
+        if self._attached is None:
+            self._attached = GenericRunner(
+                self.model, max_rows=self._max_rows, exact=self.exact, cache=self.cache
+            )
+        return self._attached
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Logits after the last new token of each row, (rows, vocabulary)."""
         new = batch.tokens.shape[1]
-        self.cache.reserve(max(batch.starts) + new)
+        self.cache.reserve(batch.span + (len(batch.rows) > 1 and new > 1))
         if new == 1 and self._ops is not None:
             return self._decode(batch, self._ops)
         step = self._plan(batch)
@@ -157,7 +188,7 @@ class LlamaRunner:
         cos, sin = self.model.model.rotary_emb(self.model.model.norm.weight, positions)
         half = self._head_dim // 2
         signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        span = max(batch.starts) + new
+        span = batch.span
         mask = None
         is_causal = new > 1 and max(batch.starts) == 0
         if not is_causal and not (self.exact and new == 1):
@@ -169,7 +200,8 @@ class LlamaRunner:
             rows=rows_of(batch),
             cos=cos.reshape(rows * new, 1, -1),
             sin=signed.reshape(rows * new, 1, -1),
-            index=self.cache.flat_index(torch.tensor(batch.rows, device=device), positions),
+            # The padding of a short row is written behind the longest one, where nobody reads it.
+            index=self.cache.flat_index(torch.tensor(batch.rows, device=device), positions.clamp(max=span)),
             span=span,
             mask=mask,
             is_causal=is_causal,

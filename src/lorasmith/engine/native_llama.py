@@ -44,6 +44,10 @@ class DecodeOps:
         self._heads, self._kv_heads, self._width = heads, kv_heads, width
         self._scratch = torch.empty(0)
 
+    def renewed(self) -> DecodeOps:
+        """The same operations with scratch memory of their own, for another thread."""
+        return DecodeOps(*self._shape)
+
     def attention_of(self, q_norm: Tensor | None, k_norm: Tensor | None) -> ctypes.Structure:
         """The constants of one layer's attention."""
         pointers = (None if norm is None else norm.data_ptr() for norm in (q_norm, k_norm))

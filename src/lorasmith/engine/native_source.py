@@ -7,7 +7,7 @@ SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
 typedef uint16_t bf16;
-enum { TILE = 128 };
+enum { TILE = 1024 };  /* columns at once: long runs of each row of B are read, and their sums stay in L1 */
 
 static inline float wide(bf16 v) { uint32_t u = (uint32_t)v << 16; float f; memcpy(&f, &u, 4); return f; }
 static inline bf16 narrow(float f) {
@@ -16,17 +16,25 @@ static inline bf16 narrow(float f) {
     return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bf16)rounded;
 }
 
+/* Four rows of A at once; the next four are fetched meanwhile, since each run is short for the hardware to guess. */
 static void dots(const bf16 *x, const bf16 *A, long K, long rank, float *u) {
     long j = 0;
     for (; j + 4 <= rank; j += 4) {
         const bf16 *a = A + j * K, *b = a + K, *c = b + K, *d = c + K;
-        float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-        #pragma omp simd reduction(+:s0,s1,s2,s3)
-        for (long k = 0; k < K; k++) {
-            float v = wide(x[k]);
-            s0 += v * wide(a[k]); s1 += v * wide(b[k]); s2 += v * wide(c[k]); s3 += v * wide(d[k]);
+        float p[16] = {0}, q[16] = {0}, r[16] = {0}, s[16] = {0};
+        long k = 0;
+        for (; k + 32 <= K; k += 32) {
+            __builtin_prefetch(a + k + 4 * K); __builtin_prefetch(b + k + 4 * K);
+            __builtin_prefetch(c + k + 4 * K); __builtin_prefetch(d + k + 4 * K);
+            for (long h = k; h < k + 32; h += 16)
+            for (long i = 0; i < 16; i++) {
+                float v = wide(x[h + i]);
+                p[i] += v * wide(a[h + i]); q[i] += v * wide(b[h + i]); r[i] += v * wide(c[h + i]); s[i] += v * wide(d[h + i]);
+            }
         }
-        u[j] = s0; u[j + 1] = s1; u[j + 2] = s2; u[j + 3] = s3;
+        for (; k < K; k++) { float v = wide(x[k]); p[0] += v * wide(a[k]); q[0] += v * wide(b[k]); r[0] += v * wide(c[k]); s[0] += v * wide(d[k]); }
+        for (long w = 8; w; w /= 2) for (long i = 0; i < w; i++) { p[i] += p[i + w]; q[i] += q[i + w]; r[i] += r[i + w]; s[i] += s[i + w]; }
+        u[j] = p[0]; u[j + 1] = q[0]; u[j + 2] = r[0]; u[j + 3] = s[0];
     }
     for (; j < rank; j++) {
         float s = 0;
@@ -38,17 +46,25 @@ static void dots(const bf16 *x, const bf16 *A, long K, long rank, float *u) {
 
 static void tile(const float *u, const bf16 *B, long N, long rank, bf16 *y, long n) {
     float sum[TILE];
+    long j = 0;
     for (long i = 0; i < n; i++) sum[i] = 0;
-    for (long j = 0; j < rank; j++) {
-        const float v = u[j];
-        const bf16 *b = B + j * N;
-        if (n == TILE) {
+    for (; j + 4 <= rank; j += 4) {
+        const bf16 *a = B + j * N, *b = a + N, *c = b + N, *d = c + N;
+        const float p = u[j], q = u[j + 1], r = u[j + 2], s = u[j + 3];
+        long i = 0;
+        for (; i + 32 <= n; i += 32) {
+            __builtin_prefetch(a + i + 4 * N); __builtin_prefetch(b + i + 4 * N);
+            __builtin_prefetch(c + i + 4 * N); __builtin_prefetch(d + i + 4 * N);
             #pragma omp simd
-            for (long i = 0; i < TILE; i++) sum[i] += v * wide(b[i]);
-        } else {
-            #pragma omp simd
-            for (long i = 0; i < n; i++) sum[i] += v * wide(b[i]);
+            for (long h = i; h < i + 32; h++)
+                sum[h] = (((sum[h] + p * wide(a[h])) + q * wide(b[h])) + r * wide(c[h])) + s * wide(d[h]);
         }
+        for (; i < n; i++) sum[i] = (((sum[i] + p * wide(a[i])) + q * wide(b[i])) + r * wide(c[i])) + s * wide(d[i]);
+    }
+    for (; j < rank; j++) {
+        const bf16 *b = B + j * N;
+        #pragma omp simd
+        for (long i = 0; i < n; i++) sum[i] += u[j] * wide(b[i]);
     }
     #pragma omp simd
     for (long i = 0; i < n; i++) y[i] = narrow(wide(y[i]) + sum[i]);
@@ -65,6 +81,21 @@ typedef struct {
 void add_lora(const group *g, long rows, const int32_t *slots, const bf16 *x, bf16 *y, long ldy,
               float *u, long threads) {
     long M = g->members, R = g->rank, tiles = 0;
+    if (rows >= threads * 2) {  /* each thread has rows of its own and waits for nobody */
+        #pragma omp parallel for num_threads(threads) schedule(static)
+        for (long row = 0; row < rows; row++) {
+            long slot = slots[row], start = 0;
+            if (slot < 0) continue;
+            float *own = u + row * M * R;
+            for (long m = 0; m < M; start += g->out[m], m++) {
+                long N = g->out[m], rank = g->ranks[slot * M + m];
+                dots(x + row * g->in, g->A + (slot * M + m) * R * g->in, g->in, rank, own);
+                for (long at = 0; at < N; at += TILE)
+                    tile(own, g->B[m] + slot * R * N + at, N, rank, y + row * ldy + start + at, N - at < TILE ? N - at : TILE);
+            }
+        }
+        return;
+    }
     for (long m = 0; m < M; m++) tiles += (g->out[m] + TILE - 1) / TILE;
     #pragma omp parallel num_threads(threads)
     {

@@ -6,36 +6,49 @@ A generation that came from a directory may leave memory when nobody uses it, an
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorasmith.errors import AdapterFileError, UnknownAdapterError, did_you_mean
-from lorasmith.formats import read_adapter
+from lorasmith.formats import read_with_digest
 from lorasmith.lora import Adapter
 
-LOADING_THREADS = 4
+LOADING_THREADS = min(4, os.cpu_count() or 1)  # more than cores queue for the interpreter lock
 
 
 @dataclass(eq=False)
 class Generation:
-    """One immutable adapter. `adapter` is None while its weights are on disk only."""
+    """One immutable adapter.
+
+    Attributes:
+        adapter: None while its weights are on disk only.
+        why_alone: what keeps it out of mixed batches; None if it can share them.
+    """
 
     digest: str
     adapter: Adapter | None
     path: Path | None
     num_bytes: int
+    why_alone: str | None = None
     leases: int = 0
     last_used: int = 0
     names: set[str] = field(default_factory=set)
+    loading: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Registry:
-    """Thread-safe. Reading files and checking shapes happen in the caller's thread, outside the lock."""
+    """Thread-safe. Reading files and checking shapes happen in the caller's thread, outside the lock.
 
-    def __init__(self, check: Callable[[Adapter], None], max_bytes: int | None = None) -> None:
+    Args:
+        check: refuses an adapter that does not fit the base; says why it cannot share a batch, if so.
+        max_bytes: of factors in memory, as far as idle ones can be read again; None is no limit.
+    """
+
+    def __init__(self, check: Callable[[Adapter], str | None], max_bytes: int | None = None) -> None:
         self._check = check
         self._max_bytes = max_bytes
         self._lock = threading.RLock()
@@ -62,19 +75,27 @@ class Registry:
         return {name: self._publish(name, g) for name, g in zip(adapters, prepared, strict=True)}
 
     def _prepare(self, adapter_or_path: Adapter | str | Path) -> Generation:
-        path = None if isinstance(adapter_or_path, Adapter) else Path(adapter_or_path)
-        adapter = adapter_or_path if isinstance(adapter_or_path, Adapter) else read_adapter(adapter_or_path)
-        self._check(adapter)
-        # An adapter object may be edited in place by its owner; a generation may not.
-        kept = _copied(adapter) if path is None else adapter
-        return Generation(kept.digest, kept, path, kept.num_bytes)
+        if isinstance(adapter_or_path, Adapter):
+            reason = self._check(adapter_or_path)
+            # An adapter object may be edited in place by its owner; a generation may not.
+            kept = _copied(adapter_or_path)
+            return Generation(kept.digest, kept, None, kept.num_bytes, reason)
+        adapter, digest = read_with_digest(adapter_or_path)
+        reason = self._check(adapter)
+        generation = Generation(digest, adapter, Path(adapter_or_path), adapter.num_bytes, reason)
+        if self._max_bytes is not None and self.resident_bytes + generation.num_bytes > self._max_bytes:
+            generation.adapter = None  # it comes back on demand; many at once must not overrun the limit
+        return generation
 
     def _publish(self, name: str, prepared: Generation) -> str:
         digest = prepared.digest
         with self._lock:
             generation = self._by_digest.setdefault(digest, prepared)
             if generation.adapter is None:
-                generation.adapter, generation.path = prepared.adapter, prepared.path
+                generation.adapter = prepared.adapter
+            # The newest place is the one that is most likely still there; an object has none, and stays.
+            if generation.path is not None:
+                generation.path = prepared.path
             self._touch(generation)
             old = self._names.get(name)
             self._names[name] = generation
@@ -119,6 +140,11 @@ class Registry:
         with self._lock:
             return {name: generation.digest for name, generation in self._names.items()}
 
+    def reasons(self) -> dict[str, str]:
+        """Name → why its adapter shares no batch, for those that do not."""
+        with self._lock:
+            return {name: g.why_alone for name, g in self._names.items() if g.why_alone is not None}
+
     @property
     def resident_bytes(self) -> int:
         """Of the factors in memory."""
@@ -140,17 +166,19 @@ class Registry:
         )
 
     def _load(self, generation: Generation) -> None:
-        if generation.adapter is not None or generation.path is None:
-            return
-        adapter = read_adapter(generation.path)
-        if adapter.digest != generation.digest:
-            raise AdapterFileError(
-                f"{generation.path} changed since it was registered: digest {generation.digest[:12]}… then, "
-                f"{adapter.digest[:12]}… now. Register it again to serve the new weights."
-            )
-        with self._lock:
-            generation.adapter = adapter
-            self._evict(keep=generation)
+        with generation.loading:
+            path = generation.path
+            if generation.adapter is not None or path is None:
+                return
+            adapter, digest = read_with_digest(path)
+            if digest != generation.digest:
+                raise AdapterFileError(
+                    f"{path} changed since it was registered: digest {generation.digest[:12]}… then, "
+                    f"{digest[:12]}… now. Register it again to serve the new weights."
+                )
+            with self._lock:
+                generation.adapter = adapter
+                self._evict(keep=generation)
 
     def _release_name(self, generation: Generation, name: str) -> None:
         generation.names.discard(name)
@@ -184,4 +212,10 @@ class Registry:
 def _copied(adapter: Adapter) -> Adapter:
     factors = {path: f.clone() for path, f in adapter.factors.items()}
     biases = {path: bias.detach().clone() for path, bias in adapter.biases.items()}
-    return Adapter(adapter.config, factors, biases, dict(adapter.provenance))
+    return replace(
+        adapter,
+        factors=factors,
+        biases=biases,
+        provenance=dict(adapter.provenance),
+        extras=adapter.extras.to(),
+    )

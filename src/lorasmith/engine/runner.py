@@ -30,13 +30,24 @@ class Batch:
     lengths: Sequence[int]
     routing: Routing | None
 
+    @property
+    def span(self) -> int:
+        """Length of the longest row after this step, its padding not counted."""
+        return max(start + length for start, length in zip(self.starts, self.lengths, strict=True))
+
 
 class Runner(Protocol):
-    """One forward pass over a batch, with its keys and values written to the cache."""
+    """One forward pass over a batch, with its keys and values written to the cache.
+
+    Attributes:
+        is_row_invariant: a batch of always the same shape gives each row bits of its own.
+        is_solo: every row runs alone, with its whole prompt at once.
+    """
 
     name: str
     model: Any
-    is_row_invariant: bool  # a batch of always the same shape gives each row bits of its own
+    is_row_invariant: bool
+    is_solo: bool
     vocab_size: int
     max_positions: int | None
     cache: KVCache
@@ -47,6 +58,12 @@ class Runner(Protocol):
 
     def refresh(self) -> None:
         """The model's weights changed (an adapter was merged or taken out)."""
+
+    def renewed(self) -> Runner:
+        """A runner on the same model with a cache and slots of its own, where this one hangs."""
+
+    def attached(self) -> Runner:
+        """The runner for an adapter that was put on the model itself; it writes to the same cache."""
 
 
 def rows_of(batch: Batch) -> slice | list[int]:

@@ -33,11 +33,11 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Choice:
-    """The token of one row. `is_finite` is False when its logits held NaN or infinity."""
+    """The token of one row, or why there is none."""
 
     token: int
     logprob: float | None
-    is_finite: bool
+    error: str | None = None
 
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
@@ -47,12 +47,19 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     greedy: list[int] = where.tolist()
     choices = []
     for row, sampler in enumerate(samplers):
-        token = greedy[row]
-        if sampler.generator is not None and finite[row]:
-            token = _draw(logits[row], sampler, sampler.generator)
-        logprob = _logprob(logits[row], token) if sampler.logprobs and finite[row] else None
-        choices.append(Choice(token, logprob, finite[row]))
+        if not finite[row]:
+            choices.append(Choice(0, None, "the logits are not finite"))
+            continue
+        try:
+            choices.append(_choice(logits[row], greedy[row], sampler))
+        except Exception as error:  # of this row alone: nobody else's stream has moved twice
+            choices.append(Choice(0, None, f"sampling failed: {type(error).__name__}: {error}"))
     return choices
+
+
+def _choice(logits: Tensor, best: int, sampler: Sampler) -> Choice:
+    token = best if sampler.generator is None else _draw(logits, sampler, sampler.generator)
+    return Choice(token, _logprob(logits, token) if sampler.logprobs else None)
 
 
 def _draw(logits: Tensor, sampler: Sampler, generator: torch.Generator) -> int:

@@ -38,15 +38,15 @@ class GroupSpec:
 class FactorStack:
     """A (slots, members · rank, in) and B of each member (slots, rank, out), scaling folded into B.
 
-    Where the C function computes decode steps the stacks are kept in the base's dtype, which it reads at
-    memory speed; elsewhere in float32, in which torch's small products are faster than in bfloat16.
+    Kept in the base's dtype where the C function computes decode steps, which reads it at memory speed, and
+    on accelerators; elsewhere in float32, in which torch's small products on a CPU are faster than in bfloat16.
     """
 
     def __init__(self, spec: GroupSpec, dtype: torch.dtype, device: torch.device) -> None:
         self.spec = spec
         self.rank = 0
         self.is_native = native.is_available(dtype, device)
-        dtype = dtype if self.is_native else compute_dtype(dtype)
+        dtype = dtype if self.is_native or device.type != "cpu" else compute_dtype(dtype)
         self.A = torch.zeros(0, 0, spec.in_features, dtype=dtype, device=device)
         self.B = [torch.zeros(0, 0, n, dtype=dtype, device=device) for n in spec.out_features]
         self.ranks = torch.zeros(0, len(spec.paths), dtype=torch.int32)
@@ -121,6 +121,7 @@ class Slots:
 
     def __init__(self, groups: Sequence[GroupSpec], dtype: torch.dtype, device: torch.device) -> None:
         self.groups = tuple(groups)
+        self._dtype, self._device = dtype, device
         self.stacks = [FactorStack(g, dtype, device) for g in groups]
         self._group_of = {p: (g, i) for g, spec in enumerate(groups) for i, p in enumerate(spec.paths)}
         self._held: list[Generation | None] = []
@@ -128,6 +129,22 @@ class Slots:
         self._empty: list[tuple[int, ...]] = [(0,) * len(g.paths) for g in groups]
         self._routings: dict[tuple[object, ...], Routing] = {}
         self.writes = 0
+        self.writes_by_digest: dict[str, int] = {}
+
+    def renewed(self) -> Slots:
+        """Empty slots for the same groups."""
+        return Slots(self.groups, self._dtype, self._device)
+
+    def why_not(self, adapter: Adapter) -> str | None:
+        """What of `adapter` the stacks cannot hold; None if they hold all of it."""
+        held = {f"{path}.{part}" for path in adapter.factors if path in self._group_of for part in "AB"}
+        rest = sorted(adapter.tensors().keys() - held)
+        if not rest:
+            return None
+        return (
+            f"it holds {len(rest)} tensors that are not factors of the layers which share a batch: {rest[0]}"
+            + (", …" if len(rest) > 1 else "")
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -198,6 +215,7 @@ class Slots:
             stack.write(slot, factors)
         self._held[slot] = owner
         self.writes += 1
+        self.writes_by_digest[owner.digest] = self.writes_by_digest.get(owner.digest, 0) + 1
 
     def _factors_by_group(self, adapter: Adapter | None) -> list[list[Factors | None]]:
         found: list[list[Factors | None]] = [[None] * len(g.paths) for g in self.groups]
@@ -269,8 +287,10 @@ def _add_batched(y: Tensor, x: Tensor, stack: FactorStack, routing: Routing, tok
 
 
 def _add_product(y: Tensor, u: Tensor, B: Tensor, routing: Routing, tokens: int) -> None:
-    if routing.count == 1 and routing.scatter is None and y.dtype == u.dtype:
-        y.addmm_(u[0], B[0])
+    """y is one member's columns of a wider tensor, so that its rows lie apart."""
+    if routing.scatter is None and y.dtype == u.dtype:
+        by_slot = y.view(routing.count, routing.width * tokens, -1)
+        by_slot.baddbmm_(u, B)  # in place and rounded once; a third faster than a product that is added
         return
     part = torch.bmm(u, B).view(routing.count * routing.width, tokens, -1)
     if routing.scatter is not None:

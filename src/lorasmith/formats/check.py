@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 
-from lorasmith.formats.header import AdapterHeader, ModuleHeader
+from lorasmith.formats.header import AdapterHeader
+from lorasmith.formats.peft_modules import ModuleHeader
 from lorasmith.formats.peft_rules import TargetRules, suffixes
 from lorasmith.lora import Adapter
 
@@ -49,10 +51,13 @@ class Coverage:
         table = {name: {k: list(v) for k, v in row.items()} for name, row in self.table.items()}
         return {"table": table, "problems": [asdict(p) for p in self.problems]}
 
-    def __str__(self) -> str:
+    def table_text(self) -> str:
+        """One line for each kind of module."""
         width = max(map(len, self.table), default=0)
-        lines = [f"{name:<{width}}  {_row(row)}" for name, row in self.table.items()]
-        return "\n".join(lines + [f"{p.kind}: {p.message}" for p in self.problems])
+        return "\n".join(f"{name:<{width}}  {_row(row)}" for name, row in self.table.items())
+
+    def __str__(self) -> str:
+        return "\n".join([self.table_text(), *(f"{p.kind}: {p.message}" for p in self.problems)])
 
 
 def check_coverage(header: AdapterHeader, base_shapes: Mapping[str, tuple[int, ...]]) -> Coverage:
@@ -61,9 +66,11 @@ def check_coverage(header: AdapterHeader, base_shapes: Mapping[str, tuple[int, .
     Args:
         base_shapes: parameter name (`model.layers.0.self_attn.q_proj.weight`) → shape.
     """
+    base_shapes = _with_tied_head(header, base_shapes)
     base = {
-        n.removesuffix(".weight"): s for n, s in base_shapes.items() if n.endswith(".weight") and len(s) == 2
+        n.removesuffix(".weight"): s for n, s in base_shapes.items() if n.endswith(".weight") and len(s) >= 2
     }
+    base |= {path: base_shapes[path] for path in _stacks(header) if path in base_shapes}
     targeted = _targeted(header, base)
     problems = [
         *_unmatched_targets(header, targeted),
@@ -71,6 +78,7 @@ def check_coverage(header: AdapterHeader, base_shapes: Mapping[str, tuple[int, .
         *_misplaced(header.modules, base),
         *_misshapen(header, base),
         *_bias_problems(header, base_shapes),
+        *_whole_problems(header, base_shapes),
     ]
     return Coverage(_table(targeted, header.modules), tuple(problems))
 
@@ -83,11 +91,13 @@ def check_values(adapter: Adapter) -> list[Problem]:
         if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all())
     ]
     idle = [path for path, f in adapter.factors.items() if not (f.A.any() and f.B.any())]
-    if len(idle) == len(adapter.factors) and not adapter.biases:
+    if len(idle) == len(adapter.factors) and not (adapter.biases or adapter.extras):
         problems.append(
             Problem("no-effect", "", "the adapter has no effect: B (or A) is zero in every module")
         )
     else:
+        # a router may never have chosen an expert; that is no fault of the adapter
+        idle = [path for path in idle if adapter.factors[path].layout.kind != "expert"]
         problems += [Problem("zero-factors", p, f"{p}: B (or A) is zero, so it has no effect") for p in idle]
     for path, f in adapter.factors.items():
         if not 1 / _HIGHEST_USUAL_SCALING < f.scaling < _HIGHEST_USUAL_SCALING:
@@ -102,7 +112,24 @@ def _targeted(header: AdapterHeader, base: Mapping[str, tuple[int, ...]]) -> lis
         rules = TargetRules(tuple({path.rpartition(".")[2] for path in header.modules}), c.exclude, c.layers)
     else:
         rules = TargetRules(c.targets, c.exclude, c.layers)
-    return [path for path in base if rules.selects(path)]
+    stacks = _stacks(header)
+    return [path for path in base if path in stacks or rules.selects(path)]
+
+
+def _stacks(header: AdapterHeader) -> set[str]:
+    return {path for path, m in header.modules.items() if m.layout.kind == "expert"}
+
+
+def _with_tied_head(
+    header: AdapterHeader, base_shapes: Mapping[str, tuple[int, ...]]
+) -> Mapping[str, tuple[int, ...]]:
+    """A head that is tied to the embedding has no tensor of its own in a base's file."""
+    name = "lm_head.weight"
+    shapes = [s for n, s in base_shapes.items() if n.rpartition(".weight")[0].endswith("embed_tokens")]
+    is_meant = "lm_head" in header.modules or name in header.weights
+    return (
+        {**base_shapes, name: shapes[0]} if is_meant and shapes and name not in base_shapes else base_shapes
+    )
 
 
 def _unmatched_targets(header: AdapterHeader, targeted: list[str]) -> Iterable[Problem]:
@@ -132,20 +159,41 @@ def _misplaced(modules: Iterable[str], base: Mapping[str, tuple[int, ...]]) -> I
 
 def _misshapen(header: AdapterHeader, base: Mapping[str, tuple[int, ...]]) -> Iterable[Problem]:
     shared = {path: m for path, m in header.modules.items() if path in base}
-    wanted = {path: (m.B_shape[0], m.A_shape[1]) for path, m in shared.items()}
+    wanted = {path: _weight_shape(m) for path, m in shared.items()}
     # Conv1D (GPT-2) stores weights transposed, and not every file says so: all modules show it together
-    is_transposed = all(base[p] == s[::-1] for p, s in wanted.items())
+    linears = [path for path, m in shared.items() if m.layout.kind == "linear"]
+    is_transposed = header.fan_in_fan_out or all(base[p] == wanted[p][::-1] for p in linears)
     for path, shape in wanted.items():
-        if (
-            base[path] != shape
-            and not is_transposed
-            and not (header.fan_in_fan_out and base[path] == shape[::-1])
-        ):
+        kind = shared[path].layout.kind
+        flipped = {"linear": shape[::-1] if is_transposed else shape, "expert": (shape[0], *shape[:0:-1])}
+        if base[path] not in (shape, flipped.get(kind, shape)):
             m = shared[path]
             message = (
                 f"{path}: A {m.A_shape} and B {m.B_shape} need a weight of {shape}, the base has {base[path]}"
             )
             yield Problem("wrong-shape", path, message)
+
+
+def _weight_shape(m: ModuleHeader) -> tuple[int, ...]:
+    """The shape that the weight under a pair of factors must have."""
+    out, width, layout = m.B_shape[0], m.A_shape[1], m.layout
+    if layout.kind == "embedding":
+        return (width, out)
+    if layout.kind == "conv":
+        return (out, width // math.prod(layout.kernel) // layout.groups, *layout.kernel)
+    return (m.A_shape[0] // m.rank, out, width) if layout.kind == "expert" else (out, width)
+
+
+def _whole_problems(header: AdapterHeader, base_shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Problem]:
+    for name, shape in header.weights.items():
+        if base_shapes.get(name) != shape:
+            has = f"has {base_shapes[name]}" if name in base_shapes else "has no such parameter"
+            yield Problem("wrong-weight", name, f"{name}: whole trained weight of {shape}, the base {has}")
+    for (path, part), slot in header.slots.items():
+        found = base_shapes.get(f"{path}.weight")
+        if part == "rows" and (found is None or len(found) != 2 or found[1] != slot.shape[1]):
+            has = f"has {found}" if found else "has no such embedding"
+            yield Problem("wrong-rows", path, f"{path}: trained rows of {slot.shape}, the base {has}")
 
 
 def _bias_problems(header: AdapterHeader, base_shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Problem]:

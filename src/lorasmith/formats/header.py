@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorasmith.errors import AdapterFileError
 from lorasmith.formats import sidecar
 from lorasmith.formats.container import Slot, read_slots
-from lorasmith.formats.peft_config import MAX_RANK, FileConfig, parse_config
-from lorasmith.formats.peft_names import Part, parse_name
+from lorasmith.formats.peft_config import FileConfig, parse_config
+from lorasmith.formats.peft_modules import ModuleHeader, Tensors, gather_tensors, module_headers
+from lorasmith.formats.peft_names import Part, TensorName, parse_name
 from lorasmith.formats.peft_rules import steps_fault
 from lorasmith.formats.strict_json import parse_object
-from lorasmith.lora import LoRAConfig
+from lorasmith.lora import LINEAR, LoRAConfig
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -25,17 +24,12 @@ FILE_NAMES = (WEIGHTS_NAME, CONFIG_NAME, sidecar.FILE_NAME)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MAX_JSON_BYTES = 32_000_000
 _MAX_FAULTS_SHOWN = 40
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleHeader:
-    """One module's pair: `A_shape` (rank, in_features), `B_shape` (out_features, rank)."""
-
-    A_shape: tuple[int, int]
-    B_shape: tuple[int, int]
-    dtype: torch.dtype
-    rank: int
-    scaling: float
+_BEYOND = {
+    "weight": "whole weight",
+    "rows": "token rows",
+    "shift": "lora_bias",
+    "magnitude": "DoRA magnitude",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +39,8 @@ class AdapterHeader:
     Attributes:
         modules: module path → shapes, dtype, rank and scaling.
         biases: module path → shape of the trained bias.
+        weights: parameter name → shape of the whole trained weight.
+        copies: names among `weights` that are PEFT's copies of the base's own.
         fan_in_fan_out: the base stores its weights transposed, (in_features, out_features).
         base_name: the base that the file names, if any.
         provenance: what the sidecar says; empty without one.
@@ -56,15 +52,28 @@ class AdapterHeader:
     config: LoRAConfig
     modules: Mapping[str, ModuleHeader]
     biases: Mapping[str, tuple[int, ...]]
+    weights: Mapping[str, tuple[int, ...]]
+    copies: frozenset[str]
     fan_in_fan_out: bool
     base_name: str | None
     provenance: Mapping[str, Any]
     content_digest: str | None
     slots: Mapping[tuple[str, Part], Slot] = field(repr=False)
 
+    @property
+    def beyond_linear(self) -> str:
+        """What is here besides factors of linear layers and biases, in words; empty for plain LoRA."""
+        kinds: Counter[str] = Counter(m.layout.kind for m in self.modules.values() if m.layout != LINEAR)
+        kinds.update(_BEYOND[part] for _, part in self.slots if part in _BEYOND)
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
-def read_header(path: str | Path) -> AdapterHeader:
+
+def read_header(path: str | Path, *, is_shifted: bool = False) -> AdapterHeader:
     """Read config, names and shapes of the adapter in the directory `path`; load no weights.
+
+    Args:
+        is_shifted: accept factors that fit only a base that was changed before training (PiSSA and
+            the like), because the caller makes up for it.
 
     Raises:
         AdapterFileError: with every fault at once.
@@ -73,27 +82,28 @@ def read_header(path: str | Path) -> AdapterHeader:
     faults: list[str] = []
     try:
         _check_place(path)
-        file_config = _read_config(path / CONFIG_NAME, faults)
+        file_config = _read_config(path / CONFIG_NAME, faults, is_shifted)
         side = _read_sidecar(path / sidecar.FILE_NAME, faults)
         raw_slots = read_slots(path / WEIGHTS_NAME, faults)
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be read: {error}") from error
-    slots = _by_module(raw_slots, faults)
-    modules, config = _modules(slots, file_config, faults)
+    tensors = gather_tensors(_parsed(raw_slots, faults), file_config, faults)
+    modules, config = _modules(tensors, file_config, faults)
     refuse(path, faults)
     if config is None or file_config is None:  # unreachable: both leave a fault
         raise AdapterFileError(f"{path} has no usable {CONFIG_NAME}")
-    biases = {p: slot.shape for (p, part), slot in slots.items() if part == "bias"}
     return AdapterHeader(
         path=path,
         config=config,
         modules=modules,
-        biases=biases,
+        biases={path: slot.shape for path, slot in tensors.of("bias").items()},
+        weights={name: slot.shape for name, slot in tensors.of("weight").items()},
+        copies=frozenset(tensors.copies),
         fan_in_fan_out=file_config.fan_in_fan_out,
         base_name=file_config.base_name,
         provenance=side.provenance,
         content_digest=side.content_digest,
-        slots=slots,
+        slots=tensors.slots,
     )
 
 
@@ -135,13 +145,13 @@ def _read_bounded(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _read_config(path: Path, faults: list[str]) -> FileConfig | None:
+def _read_config(path: Path, faults: list[str], is_shifted: bool) -> FileConfig | None:
     if not path.is_file():
         faults.append(f"{path.name} is missing; without it rank and scaling are unknown")
         return None
     found: list[str] = []
     try:
-        return parse_config(parse_object(_read_bounded(path)), found)
+        return parse_config(parse_object(_read_bounded(path)), found, is_shifted=is_shifted)
     except ValueError as error:
         found.append(str(error))
         return None
@@ -153,99 +163,47 @@ def _read_sidecar(path: Path, faults: list[str]) -> sidecar.Sidecar:
     return sidecar.parse_sidecar(path, _read_bounded(path), faults) if path.is_file() else sidecar.Sidecar()
 
 
-def _by_module(raw: Mapping[str, Slot], faults: list[str]) -> dict[tuple[str, Part], Slot]:
-    slots: dict[tuple[str, Part], Slot] = {}
+def _parsed(raw: Mapping[str, Slot], faults: list[str]) -> dict[str, tuple[TensorName, Slot]]:
+    named: dict[str, tuple[TensorName, Slot]] = {}
     for name, slot in sorted(raw.items()):
         try:
-            key = parse_name(name)
+            named[name] = parse_name(name), slot
         except ValueError as error:
             faults.append(f"{name!r} {error}")
-            continue
-        if key in slots:
-            faults.append(f"{name!r} is the second {key[1]} of {key[0]}")
-        slots[key] = slot
     if not raw and not faults:
         faults.append(f"{WEIGHTS_NAME} holds no tensors (sharded training must gather before it saves)")
-    return slots
+    return named
 
 
 def _modules(
-    slots: Mapping[tuple[str, Part], Slot], file_config: FileConfig | None, faults: list[str]
+    tensors: Tensors, file_config: FileConfig | None, faults: list[str]
 ) -> tuple[dict[str, ModuleHeader], LoRAConfig | None]:
-    paths = sorted({path for path, part in slots if part != "bias"})
-    pairs = {path: (slots.get((path, "A")), slots.get((path, "B"))) for path in paths}
-    sound: dict[str, tuple[Slot, Slot]] = {}
-    for path, (A, B) in pairs.items():
-        if A is None or B is None:
-            faults.append(f"{path} has no lora_{'A' if A is None else 'B'}")
-        elif found := list(_pair_faults(A, B)):
-            faults += [f"{path}: {fault}" for fault in found]
-        else:
-            sound[path] = (A, B)
-    if not paths and slots:
+    paths = tensors.factor_paths
+    if not paths and tensors.slots and not (tensors.of("weight") or tensors.of("rows")):
         faults.append(f"{WEIGHTS_NAME} holds no factors")
-    if file_config is None:
+    if file_config is None or (slow := list(_slow_regexes(tensors, file_config))):
+        faults += slow if file_config is not None else _halves(tensors)
         return {}, None
-    config_faults = list(_config_faults(sound, slots, file_config))
-    faults += config_faults
-    if config_faults:
-        return {}, None
-    modules = {
-        path: ModuleHeader(
-            (A.shape[0], A.shape[1]),
-            (B.shape[0], B.shape[1]),
-            A.dtype,
-            A.shape[0],
-            file_config.scaling_of(path),
-        )
-        for path, (A, B) in sound.items()
-    }
-    is_expressible = not file_config.rules.layers_pattern
-    return modules, file_config.lora if is_expressible else replace(file_config.lora, targets=tuple(paths))
+    modules = module_headers(tensors, file_config, faults)
+    lora = file_config.lora
+    rows = {path: file_config.rows_of(path) for path in tensors.of("rows")}
+    if rows and all(rows.values()):
+        lora = replace(lora, trainable_tokens=rows)
+    if file_config.rules.layers_pattern:
+        lora = replace(lora, targets=tuple(path for path in paths if path not in tensors.stacks))
+    return modules, lora
 
 
-def _pair_faults(A: Slot, B: Slot) -> Iterable[str]:
-    shapes = f"A {A.shape} and B {B.shape}"
-    if 0 in A.shape + B.shape:
-        yield f"{shapes} hold nothing; sharded training must gather before it saves"
-    elif len(A.shape) > 2 or len(B.shape) > 2:
-        yield f"{shapes} belong to a convolution, which cannot be applied yet"
-    elif len(A.shape) != 2 or len(B.shape) != 2:
-        yield f"{shapes} must be (rank, in_features) and (out_features, rank)"
-    elif A.shape[0] != B.shape[1]:
-        yield f"{shapes} disagree on the rank"
-    elif A.shape[0] > MAX_RANK:
-        yield f"{shapes} have rank {A.shape[0]:,}; at most {MAX_RANK:,} is allowed"
-    if A.dtype != B.dtype:
-        yield f"A is {A.dtype}, B is {B.dtype}; they must agree"
+def _halves(tensors: Tensors) -> Iterable[str]:
+    """Without settings, at least say which pairs are not whole."""
+    for path in tensors.factor_paths:
+        for part in ("A", "B"):
+            if (path, part) not in tensors.slots:
+                yield f"{path} has no lora_{part}"
 
 
-def _config_faults(
-    pairs: Mapping[str, tuple[Slot, Slot]], slots: Mapping[tuple[str, Part], Slot], file_config: FileConfig
-) -> Iterable[str]:
-    longest = max((len(path) for path, _ in slots), default=0)
-    slow = [(r, why) for r in file_config.regexes() if (why := steps_fault(r, longest))]
-    for regex, why in slow:
-        yield f"{CONFIG_NAME}: the regular expression {regex!r:.80} is refused: {why}"
-    if slow:
-        return
-    for path, (A, B) in pairs.items():
-        if (rank := file_config.rank_of(path)) != A.shape[0]:
-            shapes = f"A {A.shape} and B {B.shape}"
-            yield f"{path}: {shapes} have rank {A.shape[0]}, {CONFIG_NAME} says {rank}"
-        if not math.isfinite(file_config.scaling_of(path)):
-            yield f"{path}: {CONFIG_NAME} gives a scaling that is not finite"
-        if not file_config.rules.selects(path):
-            yield f"{path} has factors, but target_modules in {CONFIG_NAME} does not select it"
-    for path, part in slots:
-        if part == "bias":
-            yield from _bias_faults(path, slots[path, part], pairs, file_config.lora.bias)
-
-
-def _bias_faults(path: str, slot: Slot, pairs: Mapping[str, tuple[Slot, Slot]], mode: str) -> Iterable[str]:
-    if mode == "none" or (mode == "lora_only" and path not in pairs):
-        yield f'{path} has a trained bias, but {CONFIG_NAME} says bias="{mode}"'
-    if len(slot.shape) != 1:
-        yield f"{path}: the bias has shape {slot.shape}; one axis is needed"
-    elif path in pairs and slot.shape != pairs[path][1].shape[:1]:
-        yield f"{path}: the bias has shape {slot.shape}, B has {pairs[path][1].shape}"
+def _slow_regexes(tensors: Tensors, file_config: FileConfig) -> Iterable[str]:
+    longest = max((len(path) for path, _ in tensors.slots), default=0)
+    for regex in file_config.regexes():
+        if why := steps_fault(regex, longest):
+            yield f"{CONFIG_NAME}: the regular expression {regex!r:.80} is refused: {why}"

@@ -16,8 +16,6 @@ _MAX_ENTRIES = 100_000  # of one list or pattern map
 
 # settings that change the function in a way that cannot be applied yet → what each one is
 _UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias inside the factors",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "kasa_config": "KaSA",
@@ -25,9 +23,6 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
     "alora_invocation_tokens": "activated LoRA (aLoRA)",
     "layer_replication": "repeated layers",
-    "target_parameters": "LoRA on bare parameters",
-    "trainable_token_indices": "trained tokens",
-    "modules_to_save": "whole trained modules",
     "megatron_config": "Megatron parallel layers",
 }
 # these start training from other base weights than the ones on disk, so the factors fit only those
@@ -37,7 +32,8 @@ _OTHER_HARMLESS_INITS = ("eva", "orthogonal")  # A starts elsewhere; the trained
 _READ = {
     *("peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "bias"),
     *("layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "lora_dropout"),
-    *("base_model_name_or_path", "fan_in_fan_out"),
+    *("base_model_name_or_path", "fan_in_fan_out", "use_dora", "lora_bias", "modules_to_save"),
+    *("trainable_token_indices", "target_parameters"),
 }
 # training only, or bookkeeping
 _HARMLESS = {
@@ -57,6 +53,8 @@ class FileConfig:
     base_name: str | None
     rank_table: PatternTable
     alpha_table: PatternTable
+    token_rows: Mapping[str, tuple[int, ...]]
+    use_dora: bool = False
 
     def rank_of(self, path: str) -> int:
         """Rank that PEFT gives the module at `path`."""
@@ -68,22 +66,43 @@ class FileConfig:
         alpha = self.alpha_table.get(path, self.lora.alpha)
         return alpha / (math.sqrt(rank) if self.lora.rslora else rank)
 
+    def is_whole(self, path: str) -> bool:
+        """Whether `modules_to_save` names the module at `path` or one around it; PEFT compares the end only."""
+        around = (path.rsplit(".", n)[0] for n in range(path.count(".") + 1))
+        return any(module.endswith(self.lora.modules_to_save) for module in around)
+
+    def stacked(self, path: str) -> list[str]:
+        """Names of the bare parameters of the module at `path` that get factors, as the file lists them."""
+        names = [(entry, entry.rpartition(".")[2]) for entry in self.lora.target_parameters]
+        return [name for entry, name in names if f".{path}.{name}".endswith(f".{entry}")]
+
+    def rows_of(self, path: str) -> tuple[int, ...]:
+        """Token ids of the trained rows of the embedding at `path`; the key "" means any."""
+        found = (ids for key, ids in self.token_rows.items() if path.endswith(key))
+        return next(found, ())
+
     def regexes(self) -> list[str]:
         """Every regular expression in the file, as it will be run."""
         keys = [*self.lora.rank_pattern, *self.lora.alpha_pattern]
         return self.rules.regexes() + [pattern_regex(key) for key in keys]
 
 
-def parse_config(values: Mapping[str, Any], faults: list[str]) -> FileConfig | None:
-    """Validate the settings of one file; with faults, say all of them and return nothing."""
-    found = [*_feature_faults(values), *_value_faults(values)]
+def parse_config(
+    values: Mapping[str, Any], faults: list[str], *, is_shifted: bool = False
+) -> FileConfig | None:
+    """Validate the settings of one file; with faults, say all of them and return nothing.
+
+    Args:
+        is_shifted: the caller makes up for a base that was changed before training.
+    """
+    found = [*_feature_faults(values, is_shifted), *_value_faults(values)]
     faults += found
     return None if found else _build(values, faults)
 
 
 def _build(values: Mapping[str, Any], faults: list[str]) -> FileConfig | None:
     rules = TargetRules(
-        _targets(values["target_modules"]),
+        _targets(values.get("target_modules") or ()),
         _targets(values.get("exclude_modules") or ()),
         _layers(values.get("layers_to_transform")),
         _names(values.get("layers_pattern") or ()),
@@ -103,6 +122,9 @@ def _build(values: Mapping[str, Any], faults: list[str]) -> FileConfig | None:
             init=_INITS.get(values.get("init_lora_weights", True), "uniform"),
             dropout=values.get("lora_dropout") or 0.0,
             bias=values.get("bias") or "none",
+            lora_bias=bool(values.get("lora_bias")),
+            modules_to_save=_names(values.get("modules_to_save") or ()),
+            target_parameters=_names(values.get("target_parameters") or ()),
         )
     except ConfigError as error:
         faults.append(str(error))
@@ -114,19 +136,24 @@ def _build(values: Mapping[str, Any], faults: list[str]) -> FileConfig | None:
         values.get("base_model_name_or_path"),
         PatternTable(ranks),
         PatternTable(alphas),
+        _token_rows(values.get("trainable_token_indices")),
+        bool(values.get("use_dora")),
     )
 
 
-def _feature_faults(values: Mapping[str, Any]) -> list[str]:
+def _feature_faults(values: Mapping[str, Any], is_shifted: bool) -> list[str]:
     faults = []
     if (peft_type := values.get("peft_type")) != "LORA":
         faults.append(f'peft_type is {peft_type!r:.40}; only "LORA" can be read')
     init = values.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-        faults.append(
-            f'init_lora_weights="{init:.40}" changed the base before training, so the factors are wrong on '
-            "the original one: convert it in PEFT (path_initial_model_for_weight_conversion)"
-        )
+        if not is_shifted:
+            faults.append(
+                f'init_lora_weights="{init:.40}" changed the base before training, so the factors are wrong on '
+                "the original one. If the adapter was also saved before its first step, pass that folder as "
+                "read_adapter(path, initial=folder); else convert it in PEFT "
+                "(path_initial_model_for_weight_conversion)"
+            )
     elif not (init is None or type(init) is bool or init in ("gaussian", *_OTHER_HARMLESS_INITS)):
         faults.append(f"init_lora_weights={init!r:.40} is unknown")
     for key in sorted(values):
@@ -140,10 +167,22 @@ def _feature_faults(values: Mapping[str, Any]) -> list[str]:
 
 
 def _value_faults(values: Mapping[str, Any]) -> list[str]:
+    has_others = any(
+        values.get(k) for k in ("target_parameters", "modules_to_save", "trainable_token_indices")
+    )
     checks: list[tuple[str, Callable[[Any], bool], str]] = [
         ("r", _is_rank, f"a whole number from 1 to {MAX_RANK:,}"),
         ("lora_alpha", _is_positive, "a positive number"),
-        ("target_modules", _is_targets, "a non-empty list of module names or one regular expression"),
+        (
+            "target_modules",
+            lambda v: _is_targets(v) or (not v and has_others),
+            "a non-empty list of module names or one regular expression",
+        ),
+        ("modules_to_save", lambda v: not v or (_is_targets(v) and type(v) is list), "a list of names"),
+        ("target_parameters", lambda v: not v or (_is_targets(v) and type(v) is list), "a list of names"),
+        ("trainable_token_indices", _is_rows, "a list of token ids, or a map from name to such a list"),
+        ("use_dora", _is_flag, "true or false"),
+        ("lora_bias", _is_flag, "true or false"),
         ("exclude_modules", lambda v: not v or _is_targets(v), "a list of names or one regular expression"),
         ("layers_to_transform", _is_layers, "a whole number or a list of them"),
         ("layers_pattern", lambda v: not v or _is_targets(v), "a name or a list of names"),
@@ -188,6 +227,12 @@ def _names(value: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+def _token_rows(value: list[int] | dict[str, list[int]] | None) -> dict[str, tuple[int, ...]]:
+    if not value:
+        return {}
+    return {"": tuple(value)} if isinstance(value, list) else {k: tuple(v) for k, v in value.items()}
+
+
 def _layers(value: int | list[int] | None) -> tuple[int, ...] | None:
     return (value,) if isinstance(value, int) else tuple(sorted(set(value))) if value else None
 
@@ -212,6 +257,13 @@ def _is_targets(value: object) -> bool:
         isinstance(value, list)
         and 0 < len(value) <= _MAX_ENTRIES
         and all(type(v) is str and v for v in value)
+    )
+
+
+def _is_rows(value: object) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [value] if value else []
+    return len(lists) <= _MAX_ENTRIES and all(
+        type(ids) is list and ids and _is_layers(ids) and len(set(ids)) == len(ids) for ids in lists
     )
 
 

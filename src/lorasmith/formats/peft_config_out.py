@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from lorasmith.formats.peft_rules import PatternTable, TargetRules, suffixes
+from lorasmith.formats.peft_tensors import stacks_of, to_file
 from lorasmith.lora import Adapter, BiasMode, Factors, LoRAConfig
 
 _INITS = {"normal": "gaussian", "uniform": True}
@@ -17,7 +18,7 @@ _INITS = {"normal": "gaussian", "uniform": True}
 
 def config_values(adapter: Adapter, base_name: str | None) -> dict[str, Any]:
     """Every setting that a PEFT reader needs to reproduce the function; few that older ones do not know."""
-    config = _sized(adapter.config, adapter.factors)
+    config = _sized(adapter.config, by_place(adapter))
     values: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None if base_name is None else "CAUSAL_LM",
@@ -29,13 +30,79 @@ def config_values(adapter: Adapter, base_name: str | None) -> dict[str, Any]:
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": {key: _plain(alpha) for key, alpha in config.alpha_pattern.items()},
         "lora_dropout": config.dropout,
-        "init_lora_weights": _INITS[config.init],
+        # with a bias inside the factors PEFT accepts only its own start
+        "init_lora_weights": True if adapter.extras.shifts else _INITS[config.init],
         "bias": _bias_mode(adapter),
         "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "use_dora": False,
+        "modules_to_save": _whole_modules(adapter) or None,
+        "use_dora": bool(adapter.extras.magnitudes),
     }
-    return values | _selection(config, adapter.factors)
+    layers = [path for path, f in adapter.factors.items() if f.layout.kind != "expert"]
+    return values | _selection(config, layers) | _rare_settings(adapter)
+
+
+def by_place(adapter: Adapter) -> dict[str, Factors]:
+    """Path → factors, where a stacked parameter is one place, with the highest rank of its experts."""
+    layers = {path: f for path, f in adapter.factors.items() if f.layout.kind != "expert"}
+    stacks = stacks_of(adapter.factors)
+    return layers | {path: max(pairs, key=lambda f: f.rank) for path, pairs in stacks.items()}
+
+
+def unwritable(adapter: Adapter) -> Iterable[str]:
+    """What PEFT's format, or PEFT itself, has no place for."""
+    extras, kinds = adapter.extras, {path: f.layout.kind for path, f in adapter.factors.items()}
+    for what, vectors in (("bias inside the factors", extras.shifts), ("DoRA magnitude", extras.magnitudes)):
+        lacking = sorted(set(kinds) - set(vectors))
+        if vectors and lacking:
+            yield f"{lacking[0]} has no {what}, others do; PEFT's format has it for all modules or for none"
+    for path, kind in kinds.items():
+        if kind == "embedding" and path in extras.shifts:
+            yield f"{path}: PEFT has no bias inside the factors of an embedding"
+    for stack, experts in stacks_of(adapter.factors).items():
+        if adapter.config.dropout:
+            yield f"{stack}: PEFT refuses dropout with stacked experts; write it with dropout 0"
+        if {f"{stack}.{e}" for e in range(len(experts))} != {p for p in kinds if p.startswith(f"{stack}.")}:
+            yield f"{stack}: some of its experts have no factors; PEFT's format has them for all"
+        if len({f.scaling for f in experts}) > 1:
+            yield f"{stack}: its experts differ in scaling; PEFT's format has one for all"
+    for path, f in adapter.factors.items():
+        try:
+            to_file(f)
+        except ValueError as error:
+            yield f"{path}: {error}"
+
+
+def _rare_settings(adapter: Adapter) -> dict[str, Any]:
+    """Settings that older readers do not know; there only where they say something."""
+    values: dict[str, Any] = {}
+    if adapter.extras.shifts:
+        values["lora_bias"] = True
+    if adapter.extras.rows:
+        values["trainable_token_indices"] = {p: list(r.indices) for p, r in adapter.extras.rows.items()}
+    if stacks := list(stacks_of(adapter.factors)):
+        values["target_parameters"] = stacks
+    return values
+
+
+def _whole_modules(adapter: Adapter) -> list[str]:
+    """What `modules_to_save` must name: as the config does where that names them all, else one by one."""
+    owners = {name.rpartition(".")[0] for name in adapter.extras.weights} - adapter.factors.keys()
+    named = adapter.config.modules_to_save
+    if all(any(_around(owner, name) for name in named) for owner in owners | _whole_biases(adapter)):
+        return sorted(set(named))
+    return sorted(owners | _whole_biases(adapter))
+
+
+def _whole_biases(adapter: Adapter) -> set[str]:
+    """Paths of the biases that belong to whole trained modules."""
+    owners = {name.rpartition(".")[0] for name in adapter.extras.weights} - adapter.factors.keys()
+    named = adapter.config.modules_to_save
+    return {p for p in adapter.biases if p in owners or any(_around(p, name) for name in named)}
+
+
+def _around(path: str, module: str) -> bool:
+    """Whether `module` names the one at `path` or one around it."""
+    return f".{path}.".find(f".{module}.") >= 0
 
 
 def _plain(number: float) -> float:
@@ -43,9 +110,10 @@ def _plain(number: float) -> float:
 
 
 def _bias_mode(adapter: Adapter) -> BiasMode:
-    if adapter.biases.keys() - adapter.factors.keys():
+    loose = adapter.biases.keys() - _whole_biases(adapter)
+    if loose - adapter.factors.keys():
         return "all"
-    return "lora_only" if adapter.biases and adapter.config.bias == "none" else adapter.config.bias
+    return "lora_only" if loose and adapter.config.bias == "none" else adapter.config.bias
 
 
 def _selection(config: LoRAConfig, paths: Iterable[str]) -> dict[str, Any]:
@@ -54,6 +122,8 @@ def _selection(config: LoRAConfig, paths: Iterable[str]) -> dict[str, Any]:
     rules = TargetRules(config.targets, config.exclude, config.layers)
     names = sorted({path.rpartition(".")[2] for path in paths})
     full: dict[str, Any] = {"target_modules": paths, "layers_to_transform": None}
+    if not paths:
+        return full
     if config.targets == "all-linear":
         # PEFT's own "all-linear" also depends on the base; the names mean the same for every reader
         is_whole = not config.exclude and config.layers is None and not any(n.isdigit() for n in names)

@@ -10,40 +10,59 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorasmith.errors import AdapterFileError, OutputError
 from lorasmith.formats import sidecar
-from lorasmith.formats.container import read_tensor
-from lorasmith.formats.header import CONFIG_NAME, FILE_NAMES, WEIGHTS_NAME, AdapterHeader, read_header, refuse
-from lorasmith.formats.peft_config_out import config_values
+from lorasmith.formats.header import CONFIG_NAME, FILE_NAMES, WEIGHTS_NAME, read_header
+from lorasmith.formats.peft_config_out import config_values, unwritable
+from lorasmith.formats.peft_load import load_adapter
 from lorasmith.formats.peft_names import tensor_name
+from lorasmith.formats.peft_shifted import read_shifted
+from lorasmith.formats.peft_tensors import experts_to_file, in_wrapping_order, stacks_of, to_file
 from lorasmith.formats.publish import publish_directory
 from lorasmith.lora import Adapter, Factors
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def read_adapter(path: str | Path, *, initial: str | Path | None = None) -> Adapter:
     """Read the adapter in the directory `path`, every tensor of it, on the CPU.
+
+    Args:
+        initial: the same adapter as it was saved before its first step. Needed where the method took
+            a part out of the base (PiSSA, OLoRA, CorDA, LoRA-GA); the result has twice the rank.
 
     Raises:
         AdapterFileError: with every fault at once; then nothing is returned.
     """
-    header = read_header(path)
-    tensors = _load(header)
-    refuse(
-        header.path,
-        [f"{path}: {part} holds numbers that are not finite" for path, part in _non_finite(tensors)],
-    )
-    factors = {p: Factors(tensors[p, "A"], tensors[p, "B"], m.scaling) for p, m in header.modules.items()}
-    biases = {p: tensors[p, "bias"] for p in header.biases}
-    adapter = Adapter(header.config, factors, biases, dict(header.provenance))
-    if header.content_digest is not None and header.content_digest != adapter.digest:
+    if initial is not None:
+        return read_shifted(path, initial)
+    return _read(path)[0]
+
+
+def read_with_digest(path: str | Path) -> tuple[Adapter, str]:
+    """`read_adapter`, and the digest of what it read, which is hashed only once.
+
+    Raises:
+        AdapterFileError: as `read_adapter` does.
+    """
+    adapter, digest = _read(path)
+    return adapter, adapter.digest if digest is None else digest
+
+
+def _read(path: str | Path) -> tuple[Adapter, str | None]:
+    """The adapter, and its digest where the sidecar made it necessary to form it."""
+    adapter, header = load_adapter(path)
+    if header.content_digest is None:
+        return adapter, None
+    digest = adapter.digest
+    if header.content_digest != digest:
         raise AdapterFileError(
             f"{header.path}: the weights or their scaling changed after they were written.\n"
             f"  digest in {sidecar.FILE_NAME}: {header.content_digest}\n"
-            f"  digest of the weights: {adapter.digest}\n"
+            f"  digest of the weights: {digest}\n"
             f"  Copy the adapter again, or delete {sidecar.FILE_NAME} if the change was meant."
         )
-    return adapter
+    return adapter, digest
 
 
 def write_adapter(
@@ -55,7 +74,8 @@ def write_adapter(
     scaling at hand, the nearest one is written, which differs by one unit in the last place.
 
     Args:
-        dtype: of the tensors in the file; as they are by default.
+        dtype: of the tensors in the file; as they are by default. PEFT's copies of base weights
+            keep their own.
         base_name: the base to name in the file; by default the one that `provenance` names.
 
     Raises:
@@ -85,18 +105,6 @@ def write_adapter(
     publish_directory(path, fill, replaceable=FILE_NAMES)
 
 
-def _load(header: AdapterHeader) -> dict[tuple[str, str], Tensor]:
-    try:
-        with (header.path / WEIGHTS_NAME).open("rb") as file:
-            return {key: read_tensor(file, slot) for key, slot in header.slots.items()}
-    except OSError as error:
-        raise AdapterFileError(f"{header.path} cannot be read: {error}") from error
-
-
-def _non_finite(tensors: dict[tuple[str, str], Tensor]) -> list[tuple[str, str]]:
-    return [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-
-
 def _for_disk(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
     """Copy on the CPU: contiguous, no memory shared between tensors."""
 
@@ -104,21 +112,55 @@ def _for_disk(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
         return tensor.detach().to("cpu", dtype, copy=True).contiguous()
 
     factors = {p: replace(f, A=copy(f.A), B=copy(f.B)) for p, f in adapter.factors.items()}
-    return replace(adapter, factors=factors, biases={p: copy(b) for p, b in adapter.biases.items()})
+    biases = {p: copy(b) for p, b in adapter.biases.items()}
+    extras, exact = adapter.extras.to(dtype), adapter.extras.to().weights
+    # copies of the base's own weights are not the adapter's to round
+    extras.weights |= {n: exact[n] for n in exact if n.rpartition(".")[0] in adapter.factors}
+    return replace(adapter, factors=factors, biases=biases, extras=extras)
 
 
 def _named(adapter: Adapter) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
-    for path, f in adapter.factors.items():
-        named[tensor_name(path, "A", has_factors=True)] = f.A
-        named[tensor_name(path, "B", has_factors=True)] = f.B
+    factors = adapter.factors
+    for path, f in factors.items():
+        if f.layout.kind != "expert":
+            is_embedding = f.layout.kind == "embedding"
+            for part, tensor in zip(("A", "B"), to_file(f), strict=True):
+                named[tensor_name(path, part, is_embedding=is_embedding)] = tensor.contiguous()  # type: ignore[arg-type]
+    named |= _named_stacks(adapter)
     for path, bias in adapter.biases.items():
-        named[tensor_name(path, "bias", has_factors=path in adapter.factors)] = bias
+        named[tensor_name(path, "bias", has_factors=path in factors)] = bias
+    return named | _named_extras(adapter)
+
+
+def _named_stacks(adapter: Adapter) -> dict[str, Tensor]:
+    stacks = stacks_of(adapter.factors)
+    named: dict[str, Tensor] = {}
+    for owner in {stack.rpartition(".")[0] for stack in stacks}:
+        inner_first = in_wrapping_order(s.rpartition(".")[2] for s in stacks if s.rpartition(".")[0] == owner)
+        for depth, parameter in enumerate(reversed(inner_first)):
+            pair = experts_to_file(stacks[f"{owner}.{parameter}"])
+            for part, tensor in zip(("A", "B"), pair, strict=True):
+                named[tensor_name(owner + ".base_layer" * depth, part)] = tensor.contiguous()  # type: ignore[arg-type]
+    return named
+
+
+def _named_extras(adapter: Adapter) -> dict[str, Tensor]:
+    extras, factors = adapter.extras, adapter.factors
+    named = {
+        tensor_name(name, "weight", has_factors=name.rpartition(".")[0] in factors): tensor
+        for name, tensor in extras.weights.items()
+    }
+    named |= {tensor_name(path, "rows"): rows.values for path, rows in extras.rows.items()}
+    named |= {tensor_name(path, "shift"): shift for path, shift in extras.shifts.items()}
+    for path, m in extras.magnitudes.items():
+        axes = (1,) * len(factors[path].layout.kernel)  # a convolution's magnitude has its output's axes
+        named[tensor_name(path, "magnitude")] = m.view(1, -1, *axes) if axes else m
     return named
 
 
 def _check_writable(adapter: Adapter, path: Path) -> None:
-    faults = [] if adapter.factors else ["the adapter has no factors"]
+    faults = [] if adapter.factors or adapter.extras else ["the adapter has no factors"]
     faults += [
         f"{name} holds numbers that are not finite"
         for name, t in adapter.tensors().items()
@@ -129,6 +171,7 @@ def _check_writable(adapter: Adapter, path: Path) -> None:
             faults.append(f"{module}: A {tuple(f.A.shape)} and B {tuple(f.B.shape)} must have two axes")
         if not 0 < f.scaling < 1e24:
             faults.append(f"{module}: scaling {f.scaling} must be positive; fold its sign into B")
+    faults += unwritable(adapter)
     if faults:
         raise AdapterFileError(f"{path} was not written.\n" + "\n".join(f"  {fault}" for fault in faults))
 
@@ -140,5 +183,11 @@ def _as_read_back(adapter: Adapter, directory: Path, path: Path) -> Adapter:
     except AdapterFileError as error:
         faults = str(error).partition("\n")[2] or str(error)
         raise AdapterFileError(f"{path} was not written, nobody could read it.\n{faults}") from None
-    factors = {p: replace(f, scaling=modules[p].scaling) for p, f in adapter.factors.items()}
+    factors: dict[str, Factors] = {}
+    for place, f in adapter.factors.items():
+        stack = place.rpartition(".")[0] if f.layout.kind == "expert" else place
+        factors[place] = replace(f, scaling=modules[stack].scaling)
+        if f.layout.kind == "expert" and f.rank < modules[stack].rank:
+            missing = modules[stack].rank - f.rank
+            factors[place].A, factors[place].B = F.pad(f.A, (0, 0, 0, missing)), F.pad(f.B, (0, missing))
     return replace(adapter, factors=factors)

@@ -3,67 +3,116 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Literal
 
-Part = Literal["A", "B", "bias"]
+Part = Literal["A", "B", "bias", "shift", "magnitude", "rows", "weight"]
+"""`shift` is the bias inside the factors, `magnitude` DoRA's, `rows` are trained tokens, `weight` is whole."""
 
 PREFIX = "base_model.model."
 MAX_PATH_LENGTH = 512
-# "default" is the adapter name that PEFT strips on save, and that hand-made files forget to
-_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])(\.default)?\.weight", re.DOTALL)
-_BIAS = re.compile(r"(?P<path>.+?)(\.base_layer)?\.bias", re.DOTALL)
 _COMPONENT = re.compile(r"[^\s./\\\x00-\x1f\x7f]+")
-
-_OTHER_KINDS = (
-    (r".*\.lora_magnitude_vector(\..*)?", "is a magnitude vector (DoRA), which cannot be applied yet"),
-    (r".*\.lora_embedding_[AB](\..*)?", "is LoRA on an embedding, which cannot be applied yet"),
+# "default" is the adapter name that PEFT strips on save, and that hand-made files forget to
+_TAILS: tuple[tuple[str, Part], ...] = (
+    (r"\.lora_(?P<letter>[AB])(\.default)?\.weight", "A"),
+    (r"\.(?P<embedding>lora_embedding)_(?P<letter>[AB])(\.default)?", "A"),
+    (r"\.lora_B(\.default)?\.bias", "shift"),
+    (r"\.lora_magnitude_vector(\.default(\.weight)?)?", "magnitude"),
+    (r"\.token_adapter\.trainable_tokens_delta(\.default)?", "rows"),
+)
+_KINDS = tuple((re.compile(rf"(?P<path>.+?){tail}", re.DOTALL), part) for tail, part in _TAILS)
+_BIAS = re.compile(r"(?P<path>.+?)(\.base_layer)?\.bias", re.DOTALL)
+_REFUSED = (
     (
-        r".*\.lora_[AB](\.default)?\.bias",
-        "is a bias inside the factors (lora_bias), which cannot be applied yet",
-    ),
-    (
-        r".*\.lora_[AB]\.[^.]+\.weight",
+        r".*\.lora_(embedding_)?[AB]\.[^.]+(\.(weight|bias))?",
         'carries an adapter name other than "default"; save it with PEFT again',
     ),
-    (r".*\.token_adapter\..*", "holds trained tokens (trainable_token_indices), which cannot be applied yet"),
-    (r".*\.base_layer\.weight", "is a copy of the base's own weight; save with save_embedding_layers=False"),
-    (r".*\.weight", "is a whole trained weight (modules_to_save), which cannot be applied yet"),
+    (
+        r".*\.(modules_to_save|original_module)\..*",
+        'is written twice by PEFT, which does so for bias="all" with modules_to_save; save it with bias="none"',
+    ),
+    (r".*\.lora_.*", "is unexpected"),
 )
 
 
-def tensor_name(path: str, part: Part, *, has_factors: bool) -> str:
+@dataclass(frozen=True, slots=True)
+class TensorName:
+    """What a tensor is.
+
+    Attributes:
+        path: of its module; of the parameter itself for a whole `weight`.
+        is_embedding: the factors are those of an embedding.
+        is_copy: a whole weight that PEFT keeps under `base_layer`: the base's own, beside factors.
+        depth: how many `base_layer` stand at the end of the path of factors of bare parameters.
+    """
+
+    path: str
+    part: Part
+    is_embedding: bool = False
+    is_copy: bool = False
+    depth: int = 0
+
+
+def tensor_name(path: str, part: Part, *, has_factors: bool = True, is_embedding: bool = False) -> str:
     """Return the name that PEFT gives a tensor.
 
     Args:
-        has_factors: the module carries LoRA, so PEFT keeps its bias under `base_layer`.
+        path: of the module; of the parameter for a whole `weight`.
+        has_factors: the module carries LoRA, so PEFT keeps its own tensors under `base_layer`.
     """
-    if part == "bias":
-        return f"{PREFIX}{path}.base_layer.bias" if has_factors else f"{PREFIX}{path}.bias"
-    return f"{PREFIX}{path}.lora_{part}.weight"
+    if part in ("A", "B"):
+        return (
+            f"{PREFIX}{path}.lora_embedding_{part}" if is_embedding else f"{PREFIX}{path}.lora_{part}.weight"
+        )
+    if part in ("bias", "weight"):
+        path, _, last = f"{path}.bias".rpartition(".") if part == "bias" else path.rpartition(".")
+        return f"{PREFIX}{path}.base_layer.{last}" if has_factors else f"{PREFIX}{path}.{last}"
+    endings = {
+        "shift": "lora_B.bias",
+        "magnitude": "lora_magnitude_vector",
+        "rows": "token_adapter.trainable_tokens_delta",
+    }
+    return f"{PREFIX}{path}.{endings[part]}"
 
 
-def parse_name(name: str) -> tuple[str, Part]:
-    """Return (module path, part).
+def parse_name(name: str) -> TensorName:
+    """Return what the tensor called `name` is.
 
     Raises:
-        ValueError: with the reason, for a tensor that is none of A, B and bias.
+        ValueError: with the reason, for a name that PEFT does not write.
     """
     if not name.startswith(PREFIX):
         raise ValueError(f"does not start with {PREFIX!r}, as PEFT's names do")
-    rest = name.removeprefix(PREFIX)
-    if match := _FACTOR.fullmatch(rest):
-        path = match["path"]
-        part: Part = "A" if match["part"] == "A" else "B"
-    elif (match := _BIAS.fullmatch(rest)) and not re.fullmatch(r".*\.lora_[AB](\.default)?\.bias", rest):
-        path, part = match["path"], "bias"
-    else:
-        raise ValueError(_why_not(rest))
-    _check_path(path)
-    return path, part
+    found = _parse(name.removeprefix(PREFIX))
+    _check_path(found.path)
+    return found
 
 
-def _why_not(rest: str) -> str:
-    return next((why for kind, why in _OTHER_KINDS if re.fullmatch(kind, rest, re.DOTALL)), "is unexpected")
+def _parse(rest: str) -> TensorName:
+    for pattern, part in _KINDS:
+        if match := pattern.fullmatch(rest):
+            groups = match.groupdict()
+            path, depth = _without_base_layers(match["path"])
+            if part == "A" and groups["letter"] == "B":
+                part = "B"
+            return TensorName(path, part, is_embedding="embedding" in groups, depth=depth)
+    for kind, why in _REFUSED:
+        if re.fullmatch(kind, rest, re.DOTALL):
+            raise ValueError(why)
+    if match := _BIAS.fullmatch(rest):
+        return TensorName(match["path"], "bias")
+    if "." not in rest:
+        raise ValueError("is unexpected")
+    owner, _, last = rest.rpartition(".")
+    is_copy = owner.endswith(".base_layer")
+    return TensorName(f"{owner.removesuffix('.base_layer')}.{last}", "weight", is_copy=is_copy)
+
+
+def _without_base_layers(path: str) -> tuple[str, int]:
+    depth = 0
+    while path.endswith(".base_layer"):
+        path, depth = path.removesuffix(".base_layer"), depth + 1
+    return path, depth
 
 
 def _check_path(path: str) -> None:
@@ -75,4 +124,4 @@ def _check_path(path: str) -> None:
     if not all(_COMPONENT.fullmatch(c) and c.isprintable() for c in components):
         raise ValueError("has a module path with empty parts, spaces, slashes or control characters")
     if "base_layer" in components:
-        raise ValueError("is LoRA on a bare parameter (target_parameters), which cannot be applied yet")
+        raise ValueError("has base_layer inside its module path, as no name of PEFT's does")

@@ -6,10 +6,13 @@
 May import: lora, errors.
 """
 
-from lorasmith.inject.attach import check_fit, eject, extract, inject, lora_layers
+from lorasmith.inject.attach import carries_any, check_fit, eject, extract, inject, lora_layers
+from lorasmith.inject.autograd import Spec, linear_gradients, linear_outputs
+from lorasmith.inject.folding import base_matrices
 from lorasmith.inject.groups import group_shared_inputs, ungroup
-from lorasmith.inject.layer import LoRALayer
-from lorasmith.inject.merging import Keep, is_merged, merge, merged, switch, unmerge
+from lorasmith.inject.layer import LoRALayer, is_plain_linear, linear_parts
+from lorasmith.inject.merging import is_merged, merge, merged, switch, unmerge
+from lorasmith.inject.pristine import Keep
 from lorasmith.inject.report import InjectReport
 from lorasmith.inject.targets import resolve_targets
 
@@ -17,12 +20,19 @@ __all__ = [
     "InjectReport",
     "Keep",
     "LoRALayer",
+    "Spec",
+    "base_matrices",
+    "carries_any",
     "check_fit",
     "eject",
     "extract",
     "group_shared_inputs",
     "inject",
     "is_merged",
+    "is_plain_linear",
+    "linear_gradients",
+    "linear_outputs",
+    "linear_parts",
     "lora_layers",
     "merge",
     "merged",

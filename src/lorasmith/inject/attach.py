@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.errors import AdapterFileError, MergeStateError
-from lorasmith.inject.kinds import linear_shape, why_not
+from lorasmith.inject.choose import misfit, mixins_for
+from lorasmith.inject.experts import LoRAExperts, attach_experts, stacks_by_module
+from lorasmith.inject.fresh import fresh_adapter
+from lorasmith.inject.kinds import AdaptedLayer, linear_shape
 from lorasmith.inject.layer import LoRALayer, attach_to, detach_from, shape_of
 from lorasmith.inject.report import InjectReport
-from lorasmith.inject.targets import resolve_targets
-from lorasmith.lora import Adapter, Factors, LoRAConfig, generator_for, init_factors
+from lorasmith.inject.rows import TokenRowsLayer, attach_rows, rows_fault, tied_faults
+from lorasmith.inject.tying import parameter_slots
+from lorasmith.inject.whole import exchange_weights, put_parameter, weight_faults
+from lorasmith.lora import Adapter, Extras, Factors, LoRAConfig, TokenRows
 
 _ATTRIBUTE = "lorasmith_injection"
 
@@ -24,11 +29,17 @@ class Injection:
     Attributes:
         biases: module path → the base's own bias, for the biases that train or were replaced.
         requires_grad: names of the base's parameters that required a gradient before.
+        weights: name → the base's own parameter, for those that another one stands in for.
+        saved: names of the whole weights that belong to the adapter.
+        rows: paths of the embeddings whose rows the adapter trains.
     """
 
     config: LoRAConfig
     biases: dict[str, Tensor]
     requires_grad: set[str]
+    weights: dict[str, nn.Parameter] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
 
 
 def inject(model: nn.Module, config_or_adapter: LoRAConfig | Adapter, *, seed: int = 0) -> InjectReport:
@@ -54,7 +65,8 @@ def inject(model: nn.Module, config_or_adapter: LoRAConfig | Adapter, *, seed: i
         adapter = config_or_adapter
         check_fit(model, adapter)
     else:
-        adapter = _fresh_adapter(model, config_or_adapter, seed)
+        adapter = fresh_adapter(model, config_or_adapter, seed)
+        check_fit(model, adapter)
     return _attach(model, adapter)
 
 
@@ -65,9 +77,14 @@ def extract(model: nn.Module) -> Adapter:
         MergeStateError: the model carries no LoRA.
     """
     injection = _require_injection(model, "extract")
-    factors = {path: _to_cpu(layer.factors) for path, layer in lora_layers(model).items()}
+    factors: dict[str, Factors] = {}
+    for path, layer in adapted_layers(model).items():
+        if isinstance(layer, LoRALayer):
+            factors[path] = _to_cpu(layer.factors)
+        elif isinstance(layer, LoRAExperts):
+            factors |= {f"{path}.{name}": _to_cpu(f) for name, f in layer.expert_factors().items()}
     biases = {path: _bias(model, path).detach().cpu().clone() for path in injection.biases}
-    return Adapter(injection.config, factors, biases)
+    return Adapter(injection.config, factors, biases, extras=_extract_extras(model, injection))
 
 
 def eject(model: nn.Module) -> None:
@@ -77,8 +94,10 @@ def eject(model: nn.Module) -> None:
         MergeStateError: the model carries no LoRA.
     """
     injection = _require_injection(model, "eject")
-    for layer in lora_layers(model).values():
+    for layer in adapted_layers(model).values():
         detach_from(layer)
+    for name, own in injection.weights.items():
+        put_parameter(model, name, own)
     for path, bias in injection.biases.items():
         _bias(model, path).data.copy_(bias)
     for name, parameter in model.named_parameters():
@@ -88,8 +107,18 @@ def eject(model: nn.Module) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Path → every module of `model` that carries factors."""
+    """Path → every layer of `model` that carries factors."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Path → every module of `model` whose class an adapter changed: layers, stacks of experts, token rows."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+
+
+def carries_any(model: nn.Module) -> bool:
+    """Whether any module of `model` is changed by an adapter, be it by an `inject` that failed half way."""
+    return bool(adapted_layers(model))
 
 
 def injection_of(model: nn.Module) -> Injection | None:
@@ -104,58 +133,39 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
         AdapterFileError: listing every missing module and every pair of shapes that disagree.
     """
     modules = dict(model.named_modules())
-    faults = [fault for path, f in adapter.factors.items() if (fault := _misfit(modules, path, f))]
+    faults = [fault for path, f in adapter.factors.items() if (fault := misfit(modules, path, f, adapter))]
     for path, bias in adapter.biases.items():
         own = getattr(modules.get(path), "bias", None)
         if not isinstance(own, Tensor) or own.shape != bias.shape:
             there = tuple(own.shape) if isinstance(own, Tensor) else "no bias"
             faults.append(f"{path}.bias: adapter {tuple(bias.shape)}, model {there}")
-    if not adapter.factors:
+    faults += _extras_faults(model, adapter)
+    if not adapter.factors and not adapter.extras:
         faults.append("the adapter holds no factors")
     if faults:
         raise AdapterFileError(
             f"The adapter does not fit {type(model).__name__}; nothing was attached:\n  "
-            + "\n  ".join(faults)
+            + "\n  ".join(dict.fromkeys(faults))
         )
 
 
-def _misfit(modules: dict[str, nn.Module], path: str, factors: Factors) -> str | None:
-    if path not in modules:
-        return f"{path}: no such module in the model"
-    reason = why_not(modules[path], modules.get(path.rpartition(".")[0]))
-    shape = linear_shape(modules[path])
-    if reason or shape is None:
-        return f"{path}: {reason or 'not a linear layer'}"
-    if (factors.in_features, factors.out_features) != (shape.in_features, shape.out_features):
-        return (
-            f"{path}: adapter A {tuple(factors.A.shape)}, B {tuple(factors.B.shape)}; "
-            f"model in_features {shape.in_features}, out_features {shape.out_features}"
-        )
-    return None
-
-
-def _fresh_adapter(model: nn.Module, config: LoRAConfig, seed: int) -> Adapter:
-    factors = {}
-    for path, module in resolve_targets(model, config).chosen.items():
-        shape = shape_of(module)
-        factors[path] = init_factors(
-            shape.in_features,
-            shape.out_features,
-            rank=config.rank_of(path),
-            scaling=config.scaling_of(path),
-            generator=generator_for(seed, path),
-            init=config.init,
-        )
-    return Adapter(config, factors, _biases_to_train(model, config, factors))
-
-
-def _biases_to_train(model: nn.Module, config: LoRAConfig, targets: dict[str, Factors]) -> dict[str, Tensor]:
-    if config.bias == "none":
-        return {}
-    modules = dict(model.named_modules())
-    paths = targets if config.bias == "lora_only" else modules
-    found = {path: getattr(modules[path], "bias", None) for path in paths}
-    return {path: bias.data for path, bias in found.items() if isinstance(bias, nn.Parameter)}
+def _extras_faults(model: nn.Module, adapter: Adapter) -> list[str]:
+    extras = adapter.extras
+    faults = weight_faults(model, extras.weights)
+    faults += [fault for path, rows in extras.rows.items() if (fault := rows_fault(model, path, rows))]
+    faults += [
+        f"{path}: it has trained token rows and factors, which is one too many"
+        for path in extras.rows
+        if path in adapter.factors
+    ]
+    faults += tied_faults(dict(parameter_slots(model)), adapter)
+    for what, vectors in (("shift", extras.shifts), ("magnitude", extras.magnitudes)):
+        for path, vector in vectors.items():
+            pair = adapter.factors.get(path)
+            if pair is None or vector.shape != (pair.out_features,):
+                there = f"B {tuple(pair.B.shape)}" if pair else "no factors"
+                faults.append(f"{path}: a {what} of shape {tuple(vector.shape)}, {there}")
+    return faults
 
 
 def _attach(model: nn.Module, adapter: Adapter) -> InjectReport:
@@ -163,14 +173,54 @@ def _attach(model: nn.Module, adapter: Adapter) -> InjectReport:
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     model.requires_grad_(False)
     modules = dict(model.named_modules())
+    weights = exchange_weights(model, adapter.extras.weights, adapter.factors)
+    for path, rows in adapter.extras.rows.items():
+        attach_rows(model, path, rows)
     for path, factors in adapter.factors.items():
-        attach_to(modules[path], factors, dropout=adapter.config.dropout)
+        if factors.layout.kind != "expert":
+            _attach_layer(modules[path], path, factors, adapter)
+    for owner, by_name in stacks_by_module(adapter).items():
+        attach_experts(modules[owner], by_name)
     for path, bias in adapter.biases.items():
         parameter = _bias(model, path)
         parameter.data.copy_(bias)
         parameter.requires_grad_(True)
-    model.__dict__[_ATTRIBUTE] = Injection(adapter.config, own, trainable)
+    model.__dict__[_ATTRIBUTE] = Injection(
+        adapter.config, own, trainable, weights, tuple(adapter.extras.weights), tuple(adapter.extras.rows)
+    )
     return _report(model, modules, adapter)
+
+
+def _attach_layer(module: nn.Module, path: str, factors: Factors, adapter: Adapter) -> None:
+    spans = adapter.config.parts_of(path)
+    if spans:
+        module.lora_spans = spans  # type: ignore[assignment]
+    layer = attach_to(
+        module, factors, dropout=adapter.config.dropout, mixins=mixins_for(module, path, adapter)
+    )
+    for name, vectors in _vectors(adapter.extras).items():
+        if path in vectors:
+            value = vectors[path].detach().to(layer.lora_A.device, layer.lora_A.dtype, copy=True)
+            layer.register_parameter(name, nn.Parameter(value))
+
+
+def _vectors(extras: Extras) -> dict[str, dict[str, Tensor]]:
+    return {"lora_shift": extras.shifts, "lora_magnitude": extras.magnitudes}
+
+
+@torch.no_grad()
+def _extract_extras(model: nn.Module, injection: Injection) -> Extras:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    extras = Extras({name: named[name] for name in injection.saved})
+    for path in injection.rows:
+        layer = model.get_submodule(path)
+        assert isinstance(layer, TokenRowsLayer)
+        extras.rows[path] = TokenRows(layer.lora_row_ids, layer.lora_rows)
+    for path, lora in lora_layers(model).items():
+        for name, vectors in _vectors(extras).items():
+            if (vector := lora._parameters.get(name)) is not None:
+                vectors[path] = vector
+    return extras.to()
 
 
 def _report(model: nn.Module, modules: dict[str, nn.Module], adapter: Adapter) -> InjectReport:
@@ -182,7 +232,7 @@ def _report(model: nn.Module, modules: dict[str, nn.Module], adapter: Adapter) -
         not_matched=tuple(
             path for path, m in modules.items() if linear_shape(m) is not None and path not in adapter.factors
         ),
-        transposed=tuple(path for path in adapter.factors if shape_of(modules[path]).transposed),
+        transposed=tuple(p for p in adapter.factors if p in modules and shape_of(modules[p]).transposed),
     )
 
 
@@ -201,4 +251,4 @@ def _bias(model: nn.Module, path: str) -> nn.Parameter:
 
 @torch.no_grad()
 def _to_cpu(factors: Factors) -> Factors:
-    return Factors(factors.A.cpu().clone(), factors.B.cpu().clone(), factors.scaling)
+    return replace(factors, A=factors.A.cpu().clone(), B=factors.B.cpu().clone())

@@ -3,6 +3,7 @@
 Semantics, for each layer i of the group:
     xd  = x ⊙ mask / (1 − p)          (only with dropout; the mask is remade from its seed)
     y_i = x @ W_iᵀ + b_i + scaling_i · (xd @ A_iᵀ) @ B_iᵀ
+A layer without factors (A and B are None) is a plain one: no second term.
 Saved for backward: x itself (no copy, no cast) and u = xd @ [A_1; A_2; …]ᵀ, which is Σ rank wide.
 That is tokens · Σ rank · itemsize bytes on top of x, which the base's own backward would not
 keep, since its weights are frozen.
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +46,12 @@ def lora_linears(x: Tensor, spec: Spec, tensors: Sequence[Tensor | None]) -> tup
 
     Args:
         x: (…, in_features).
-        tensors: W, b or None, A and B of each layer in turn. A and B may be wider than x
+        tensors: W, b or None, A and B (or None, None) of each layer in turn. A and B may be wider than x
             (float32 masters over bfloat16): the product is formed in x's dtype.
     """
     if torch.is_grad_enabled():
         return LoRALinears.apply(x, spec, *tensors)  # type: ignore[no-untyped-call, no-any-return]
-    return _outputs(x, spec, tensors)[0]
+    return linear_outputs(x, spec, tensors)[0]
 
 
 class LoRALinears(torch.autograd.Function):
@@ -58,7 +60,7 @@ class LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """Outputs of each layer, then u, which only backward uses."""
-        outputs, u = _outputs(x, spec, tensors)
+        outputs, u = linear_outputs(x, spec, tensors)
         return (*outputs, u)
 
     @staticmethod
@@ -75,77 +77,92 @@ class LoRALinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x and of each layer's tensors, in the order of `forward`."""
         x, u, *tensors = ctx.saved_tensors
-        return _gradients(x, u, ctx.spec, tensors, grads[:-1], ctx.needs_input_grad)
+        needs_x, _, *needs = ctx.needs_input_grad
+        dx, results = linear_gradients(x, u, ctx.spec, tensors, grads[:-1], needs_x=needs_x, needs=needs)
+        return (dx, None, *results)
 
 
-def _outputs(x: Tensor, spec: Spec, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], Tensor]:
+def linear_outputs(
+    x: Tensor, spec: Spec, tensors: Sequence[Tensor | None]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Outputs of each layer, and u (tokens, Σ rank)."""
     layers = _layers(tensors)
     flat = x.reshape(-1, x.shape[-1])
-    xd = flat * dropout_mask(flat, spec) if spec.dropout else flat
-    u = xd @ _stacked_A(layers, x.dtype).T
-    outputs, start = [], 0
-    for (W, b, A, B), scaling, transposed in zip(layers, spec.scalings, spec.transposed, strict=True):
-        y = base_linear(x, W, b, transposed=transposed)
-        part = u[:, start : start + A.shape[0]]
-        y.view(-1, y.shape[-1]).addmm_(part, (B.to(x.dtype) * scaling).T)
+    stacked = _stacked_A(layers, x.dtype)
+    xd = flat * dropout_mask(flat, spec) if spec.dropout and stacked is not None else flat
+    u = flat.new_empty(len(flat), 0) if stacked is None else xd @ stacked.T
+    outputs = []
+    for layer, columns, scaling, transposed in zip(
+        layers, _columns(layers), spec.scalings, spec.transposed, strict=True
+    ):
+        y = base_linear(x, layer.W, layer.b, transposed=transposed)
+        if layer.B is not None:
+            y.view(-1, y.shape[-1]).addmm_(u[:, columns], (layer.B.to(x.dtype) * scaling).T)
         outputs.append(y)
-        start += A.shape[0]
     return tuple(outputs), u
 
 
-def _gradients(
+def linear_gradients(
     x: Tensor,
     u: Tensor,
     spec: Spec,
     tensors: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
+    *,
+    needs_x: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of x and of each layer's tensors, from those of the outputs.
+
+    Args:
+        needs: for each of `tensors`, whether its gradient is wanted.
+    """
     layers = _layers(tensors)
     flat = x.reshape(-1, x.shape[-1])
-    mask = dropout_mask(flat, spec) if spec.dropout else None
+    mask = dropout_mask(flat, spec) if spec.dropout and u.shape[1] else None
     dx: Tensor | None = None
     du = torch.zeros_like(u) if any(g is None for g in grads) else torch.empty_like(u)
     results: list[Tensor | None] = []
-    start = 0
-    for i, ((W, b, A, B), grad) in enumerate(zip(layers, grads, strict=True)):
-        columns = slice(start, start + A.shape[0])
-        start += A.shape[0]
+    for i, (layer, columns, grad) in enumerate(zip(layers, _columns(layers), grads, strict=True)):
         if grad is None:
             results += [None] * PARTS
             continue
-        needs_W, needs_b, _, needs_B = needs[2 + PARTS * i : 2 + PARTS * (i + 1)]
+        W, b, _, B = layer
+        needs_W, needs_b, _, needs_B = needs[PARTS * i : PARTS * (i + 1)]
         g = grad.reshape(-1, grad.shape[-1])
-        du[:, columns] = g @ (B.to(g.dtype) * spec.scalings[i])
-        if needs[0]:
+        if needs_x:
             out_by_in = W.T if spec.transposed[i] else W
             dx = g @ out_by_in if dx is None else dx.addmm_(g, out_by_in)
         dW = (flat.T @ g if spec.transposed[i] else g.T @ flat) if needs_W else None
         db = g.sum(0, dtype=b.dtype) if needs_b and b is not None else None
-        dB = (g.T @ u[:, columns]).to(B.dtype).mul_(spec.scalings[i]) if needs_B else None
+        dB = None
+        if B is not None:
+            du[:, columns] = g @ (B.to(g.dtype) * spec.scalings[i])
+            dB = (g.T @ u[:, columns]).to(B.dtype).mul_(spec.scalings[i]) if needs_B else None
         results += [dW, db, None, dB]
     _add_low_rank_gradients(flat, du, mask, layers, results, needs)
     if dx is not None:
-        low_rank = _stacked_A(layers, du.dtype)
-        dx = dx.addmm_(du, low_rank) if mask is None else dx.add_((du @ low_rank).mul_(mask))
+        stacked = _stacked_A(layers, du.dtype)
+        if stacked is not None:
+            dx = dx.addmm_(du, stacked) if mask is None else dx.add_((du @ stacked).mul_(mask))
         dx = dx.view(x.shape)
-    return (dx, None, *results)
+    return dx, results
 
 
 def _add_low_rank_gradients(
     flat: Tensor,
     du: Tensor,
     mask: Tensor | None,
-    layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]],
+    layers: Sequence[_Layer],
     results: list[Tensor | None],
     needs: Sequence[bool],
 ) -> None:
-    if not any(needs[2 + PARTS * i + 2] for i in range(len(layers))):
+    if not any(needs[PARTS * i + 2] for i in range(len(layers))):
         return
     stacked = du.T @ (flat if mask is None else flat * mask)
-    for i, part in enumerate(torch.split(stacked, [A.shape[0] for _, _, A, _ in layers])):
-        if needs[2 + PARTS * i + 2]:
-            results[PARTS * i + 2] = part.to(layers[i][2].dtype)
+    for i, (layer, columns) in enumerate(zip(layers, _columns(layers), strict=True)):
+        if layer.A is not None and needs[PARTS * i + 2]:
+            results[PARTS * i + 2] = stacked[columns].to(layer.A.dtype)
 
 
 def base_linear(x: Tensor, W: Tensor, b: Tensor | None, *, transposed: bool) -> Tensor:
@@ -164,12 +181,25 @@ def dropout_mask(x: Tensor, spec: Spec) -> Tensor:
     return torch.empty_like(x).bernoulli_(keep, generator=generator).div_(keep)
 
 
-def _layers(tensors: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
-    quadruples = (tensors[i : i + PARTS] for i in range(0, len(tensors), PARTS))
-    return [(W, b, A, B) for W, b, A, B in quadruples]  # type: ignore[misc]
+class _Layer(NamedTuple):
+    W: Tensor
+    b: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
 
 
-def _stacked_A(layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
-    if len(layers) == 1:
-        return layers[0][2].to(dtype)
-    return torch.cat([A for _, _, A, _ in layers]).to(dtype)
+def _layers(tensors: Sequence[Tensor | None]) -> list[_Layer]:
+    return [_Layer(*tensors[i : i + PARTS]) for i in range(0, len(tensors), PARTS)]  # type: ignore[arg-type]
+
+
+def _columns(layers: Sequence[_Layer]) -> list[slice]:
+    """Which columns of u belong to each layer."""
+    ends = list(accumulate(0 if layer.A is None else len(layer.A) for layer in layers))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _stacked_A(layers: Sequence[_Layer], dtype: torch.dtype) -> Tensor | None:
+    parts = [layer.A for layer in layers if layer.A is not None]
+    if not parts:
+        return None
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)

@@ -10,16 +10,24 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorasmith.errors import TargetError, did_you_mean
-from lorasmith.inject.kinds import linear_shape, why_not
+from lorasmith.inject.experts import stacked_parameters
+from lorasmith.inject.kinds import layer_shape, linear_shape, why_not
 from lorasmith.lora import LoRAConfig, pattern_matches
 
 
 @dataclass(frozen=True)
 class Targets:
-    """`chosen`: path → module that gets factors. `left`: linear layers that do not, by path."""
+    """What a config names in a model.
+
+    Attributes:
+        chosen: path → layer that gets factors.
+        left: path → linear layer that does not.
+        stacks: path of a stacked parameter that gets factors → the module that holds it.
+    """
 
     chosen: dict[str, nn.Module]
     left: dict[str, nn.Module]
+    stacks: dict[str, nn.Module]
 
 
 def resolve_targets(model: nn.Module, config: LoRAConfig) -> Targets:
@@ -30,12 +38,13 @@ def resolve_targets(model: nn.Module, config: LoRAConfig) -> Targets:
             or one matches a layer that cannot carry LoRA. All faults at once.
     """
     modules = {path: module for path, module in model.named_modules() if path}
-    linears = {path: module for path, module in modules.items() if _is_adaptable(modules, path)}
+    layers = {path: module for path, module in modules.items() if _is_adaptable(modules, path)}
+    linears = {path: module for path, module in layers.items() if linear_shape(module) is not None}
     faults = _Faults(type(model).__name__, linears)
 
-    selected = _select(config.targets, "targets", modules, linears, faults, output_head(model))
+    selected = _select(config.targets, "targets", modules, layers, faults, output_head(model))
     if config.exclude:
-        excluded = _select(config.exclude, "exclude", modules, linears, faults, None)
+        excluded = _select(config.exclude, "exclude", modules, layers, faults, None)
         selected -= excluded
         if not selected and not faults.lines:
             faults.add(
@@ -43,12 +52,28 @@ def resolve_targets(model: nn.Module, config: LoRAConfig) -> Targets:
             )
     if config.layers is not None:
         selected = _only_layers(selected, config.layers, faults)
-    for key in (*config.rank_pattern, *config.alpha_pattern):
-        if not any(pattern_matches(key, path) for path in selected):
+    stacks = _select_stacks(modules, config.target_parameters, faults)
+    for key in (*config.rank_pattern, *config.alpha_pattern, *config.parts):
+        if not any(pattern_matches(key, path) for path in (*selected, *stacks)):
             faults.add(f'pattern key "{key}" matches no adapted module.')
     faults.raise_if_any()
-    chosen = {path: module for path, module in linears.items() if path in selected}
-    return Targets(chosen, {path: m for path, m in linears.items() if path not in chosen})
+    chosen = {path: module for path, module in layers.items() if path in selected}
+    return Targets(chosen, {path: m for path, m in linears.items() if path not in chosen}, stacks)
+
+
+def _select_stacks(
+    modules: dict[str, nn.Module], entries: tuple[str, ...], faults: _Faults
+) -> dict[str, nn.Module]:
+    stacks = {f"{path}.{name}": m for path, m in modules.items() for name in stacked_parameters(m)}
+    chosen: dict[str, nn.Module] = {}
+    for path, module in stacks.items():
+        if any(f".{path}".endswith(f".{entry}") for entry in entries):
+            chosen[path] = module
+    for entry in entries:
+        if not any(f".{path}".endswith(f".{entry}") for path in chosen):
+            there = " ".join(sorted({path.rpartition(".")[2] for path in stacks})) or "none"
+            faults.add(f'target_parameters: "{entry}" matches no stacked parameter; here are: {there}.')
+    return chosen
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -65,18 +90,19 @@ def layer_number(path: str) -> int | None:
 
 def _is_adaptable(modules: dict[str, nn.Module], path: str) -> bool:
     module, parent = modules[path], modules.get(path.rpartition(".")[0])
-    return linear_shape(module) is not None and why_not(module, parent) is None
+    return layer_shape(module) is not None and why_not(module, parent) is None
 
 
 def _select(
     targets: str | tuple[str, ...],
     what: str,
     modules: dict[str, nn.Module],
-    linears: dict[str, nn.Module],
+    layers: dict[str, nn.Module],
     faults: _Faults,
     head: nn.Module | None,
 ) -> set[str]:
     if targets == "all-linear":
+        linears = {path: module for path, module in layers.items() if linear_shape(module) is not None}
         selected = {path for path, module in linears.items() if module is not head}
         if not selected:
             faults.add(f'{what}="all-linear" found no linear layer.')
@@ -86,7 +112,7 @@ def _select(
     for entry in entries:
         matches = [path for path in modules if _matcher(targets, entry)(path)]
         refusals = _refusals(modules, matches)
-        found = [path for path in matches if path in linears]
+        found = [path for path in matches if path in layers]
         if refusals and (what == "targets"):
             faults.add(f"{what}={_shown(targets)}: {refusals}")
         elif not found:

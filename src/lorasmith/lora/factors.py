@@ -1,12 +1,36 @@
-"""`Factors`: the low-rank pair of one module."""
+"""`Factors`: the low-rank pair of one module, and `Layout`: how that module stores its weight."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+LayerKind = Literal["linear", "embedding", "conv", "expert"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a layer that is not linear stores the matrix that B @ A is added to.
+
+    Attributes:
+        kind: `"linear"` (out_features, in_features); `"embedding"` the transpose, over one-hot inputs;
+            `"conv"` (out_channels, in_channels, *kernel), flattened after its first axis;
+            `"expert"` one matrix of a stacked parameter, whose path ends in the expert's number.
+        kernel: of a convolution, per axis.
+        groups: of a convolution. B @ A then spans all input channels, which the layer's own weight
+            does not, and B is zero outside its diagonal blocks.
+    """
+
+    kind: LayerKind = "linear"
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+
+LINEAR = Layout()
 
 
 @dataclass(slots=True)
@@ -19,6 +43,7 @@ class Factors:
     A: Float[Tensor, "rank in_features"]
     B: Float[Tensor, "out_features rank"]
     scaling: float
+    layout: Layout = LINEAR
 
     @property
     def rank(self) -> int:

@@ -8,7 +8,7 @@ import math
 import torch
 
 from lorasmith.lora.config import InitName
-from lorasmith.lora.factors import Factors
+from lorasmith.lora.factors import LINEAR, Factors, Layout
 
 
 def generator_for(seed: int, path: str) -> torch.Generator:
@@ -29,18 +29,25 @@ def init_factors(
     generator: torch.Generator,
     init: InitName = "normal",
     dtype: torch.dtype = torch.float32,
+    layout: Layout = LINEAR,
 ) -> Factors:
-    """A of variance 1/(3·in_features), B = 0.
+    """A of variance 1/(3·in_features), B = 0. For an embedding A = 0 and B is standard normal.
+
+    A row of an embedding is one column of A, so a random A would move tokens that training never
+    saw; starting from A = 0 (as microsoft/LoRA's `Embedding` does) they stay exactly the base's.
 
     Args:
         init: `"normal"` is the paper's Gaussian; `"uniform"` is U(±1/√in_features), which is
             Kaiming's with a = √5 and has the same variance.
         dtype: of the master weights. The draw is made in float32, so it is the same for all.
     """
+    if layout.kind == "embedding":
+        B = torch.empty(out_features, rank).normal_(generator=generator)
+        return Factors(torch.zeros(rank, in_features, dtype=dtype), B.to(dtype), scaling, layout)
     A = torch.empty(rank, in_features)
     if init == "normal":
         A.normal_(0.0, math.sqrt(1 / (3 * in_features)), generator=generator)
     else:
         bound = math.sqrt(1 / in_features)
         A.uniform_(-bound, bound, generator=generator)
-    return Factors(A.to(dtype), torch.zeros(out_features, rank, dtype=dtype), scaling)
+    return Factors(A.to(dtype), torch.zeros(out_features, rank, dtype=dtype), scaling, layout)

@@ -1,6 +1,6 @@
 """One loop: one adapter on one base, or every weight; packed, accumulated, resumable to the bit.
 
-May import: inject, lora, formats, data, bases, planning, errors.
+May import: inject, lora, formats, data, bases, planning, native, errors.
 """
 
 from lorasmith.train.batch import Layout, choose_layout

@@ -12,6 +12,8 @@ from lorasmith.errors import ConfigError, did_you_mean
 PackingName = Literal["auto", "none", "plain", "tree"]
 ScheduleName = Literal["linear", "constant", "cosine"]
 MethodName = Literal["lora", "full"]
+KernelsName = Literal["auto", "block", "inductor", "plain"]
+RecomputeName = Literal["auto", "none", "mlp", "layers"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class TrainConfig:
         max_steps: stop after this many optimizer steps, however many epochs that is.
         batch_size: sequences per optimizer step.
         batch_tokens: tokens in one forward pass; larger steps are accumulated.
+        shuffle: a new order each epoch; else the order of the data.
         max_length: tokens per sequence; longer prompts lose their beginning.
         warmup: share of the steps with a rising learning rate.
         schedule: what follows: linear to zero, cosine to zero, or constant.
@@ -33,7 +36,10 @@ class TrainConfig:
         clip: largest norm of the whole gradient.
         label_smoothing: share of the target spread over the vocabulary.
         packing: how sequences share a forward pass; `"auto"` takes what computes the fewest slots.
-        checkpoint_layers: recompute each layer in the backward pass, to save memory.
+        kernels: how layers are computed; `"auto"` takes the fastest that fits (see `policy`).
+        recompute: what is computed again in the backward pass instead of kept: `"none"`, `"mlp"` (gate and
+            up), `"layers"`; `"auto"` keeps what fits the budget.
+        budget_bytes: largest peak of the process's memory; decides `recompute` and lowers `batch_tokens`.
         eval_every: optimizer steps between evaluations; None is five times a run.
         save_every: optimizer steps between checkpoints; None is ten times a run.
         seed: of the factors, the data order and dropout.
@@ -46,6 +52,7 @@ class TrainConfig:
     batch_size: int = 8
     batch_tokens: int = 2048
     max_length: int = 1024
+    shuffle: bool = True
     warmup: float = 0.04
     schedule: ScheduleName = "linear"
     weight_decay: float = 0.0
@@ -53,7 +60,9 @@ class TrainConfig:
     clip: float = 1.0
     label_smoothing: float = 0.0
     packing: PackingName = "auto"
-    checkpoint_layers: bool = False
+    kernels: KernelsName = "auto"
+    recompute: RecomputeName = "auto"
+    budget_bytes: int | None = None
     eval_every: int | None = None
     save_every: int | None = None
     seed: int = 0
@@ -126,7 +135,9 @@ def default_lr(width: int, method: MethodName = "lora") -> float:
 
 def _faults(c: TrainConfig) -> Iterable[str]:
     counts = ("epochs", "batch_size", "batch_tokens", "max_length")
-    optional = tuple(n for n in ("max_steps", "eval_every", "save_every") if getattr(c, n) is not None)
+    optional = tuple(
+        n for n in ("max_steps", "eval_every", "save_every", "budget_bytes") if getattr(c, n) is not None
+    )
     for name in (*counts, *optional):
         if not _is_count(getattr(c, name)):
             yield f"{name}={getattr(c, name)!r}: use a whole number of at least 1"
@@ -143,9 +154,18 @@ def _faults(c: TrainConfig) -> Iterable[str]:
         yield f"betas={c.betas!r}: use two numbers of at least 0 and below 1"
     if not isinstance(c.seed, int) or c.seed < 0:
         yield f"seed={c.seed!r}: use a whole number from 0"
-    for name, choices in (("packing", PackingName), ("schedule", ScheduleName), ("method", MethodName)):
+    for name, choices in _CHOICES.items():
         if getattr(c, name) not in get_args(choices):
             yield f"{name}={getattr(c, name)!r}: use one of {', '.join(get_args(choices))}"
+
+
+_CHOICES: dict[str, Any] = {
+    "packing": PackingName,
+    "schedule": ScheduleName,
+    "method": MethodName,
+    "kernels": KernelsName,
+    "recompute": RecomputeName,
+}
 
 
 def _is_count(value: object) -> bool:

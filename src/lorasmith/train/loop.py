@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from lorasmith.errors import TrainingError
 from lorasmith.formats import write_adapter
 from lorasmith.inject import eject, extract, group_shared_inputs, inject, lora_layers, ungroup
 from lorasmith.lora import Adapter, LoRAConfig
-from lorasmith.train.batch import Layout, choose_layout
+from lorasmith.train.announce import announce
+from lorasmith.train.batch import Batch, Layout, choose_layout
+from lorasmith.train.budget import Use, measure_use, settle, settled_before
 from lorasmith.train.checkpoint import (
     Progress,
     checkpoint_parameters,
@@ -41,6 +44,7 @@ from lorasmith.train.outputs import (
     versions,
     write_atomically,
 )
+from lorasmith.train.policy import computing
 from lorasmith.train.preflight import preflight
 from lorasmith.train.result import TrainResult
 from lorasmith.train.sets import Sets
@@ -84,7 +88,7 @@ def train(
     is_new = not Path(out).exists()
     folder = prepare_folder(Path(out), resume)
     try:
-        run = _Run(loaded, config, settings, sets, folder, quiet=quiet)
+        run = Run(loaded, config, settings, sets, folder, quiet=quiet)
         with run.adapted_model():
             return run.go(resume=resume, started=started, on_step=on_step)
     finally:
@@ -92,7 +96,9 @@ def train(
             folder.rmdir()
 
 
-class _Run:
+class Run:
+    """One training run on one model, from settings to files."""
+
     def __init__(
         self, base: Base, config: LoRAConfig, settings: TrainConfig, sets: Sets, folder: Path, *, quiet: bool
     ) -> None:
@@ -102,11 +108,9 @@ class _Run:
         self.folder, self.quiet = folder, quiet
         self.model: nn.Module = base.model
         self.examples: list[Example] = sets.train.examples
-        plan = steps(
-            self.examples, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed
-        )
-        self.plan: Steps = plan
-        self.total = min(len(plan), settings.max_steps or len(plan))
+        order = {name: getattr(settings, name) for name in ("batch_size", "epochs", "seed", "shuffle")}
+        self.plan: Steps = steps(self.examples, **order)
+        self.total = min(len(self.plan), settings.max_steps or len(self.plan))
         self.eval_every = settings.eval_every or max(1, math.ceil(self.total / 5))
         self.save_every = settings.save_every or max(1, math.ceil(self.total / 10))
         self.losses: deque[float] = deque(maxlen=max(1, self.total // 10))
@@ -125,8 +129,6 @@ class _Run:
             self._set_training_modes()
             yield
         finally:
-            if self.settings.checkpoint_layers:
-                _recompute_layers(self.model, on=False)
             if is_lora:
                 ungroup(self.model)
                 eject(self.model)
@@ -140,13 +142,9 @@ class _Run:
         self.model.eval()
         for layer in lora_layers(self.model).values():
             layer.training = True
-        if self.settings.checkpoint_layers:
-            _recompute_layers(self.model, on=True)
-            for module in self.model.modules():
-                if getattr(module, "gradient_checkpointing", False):
-                    module.training = True
 
     def go(self, *, resume: bool, started: float, on_step: Callable[[int], None] | None) -> TrainResult:
+        """From the adapted model to the files in `out`."""
         torch.manual_seed(self.settings.seed)
         self.forward = Forward(self.model, label_smoothing=self.settings.label_smoothing)
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -154,17 +152,24 @@ class _Run:
         self.layout = self._choose_layout()
         if self.settings.method == "lora":
             group_shared_inputs(self.model, self.forward.probe)
-        self.forecast = preflight(
-            self.model, self.settings, self.layout, self.examples, self.plan, total=self.total,
-            keeps_best=self.sets.evaluation is not None,
-        )  # fmt: skip
+        self._settle(resume=resume)
+        with computing(
+            self.model,
+            kernels=self.settings.kernels,
+            recompute=self.settings.recompute,
+            flops=self._flops(),
+            warm_up=self._warm_up,
+        ) as self.policy:
+            return self._run(resume=resume, started=started, on_step=on_step)
+
+    def _run(self, *, resume: bool, started: float, on_step: Callable[[int], None] | None) -> TrainResult:
         torch.manual_seed(self.settings.seed)
         self.progress = self._resume() if resume else Progress(identity=self._identity())
         resumed = self.progress.step if resume and self.progress.step else None
         self._write_run_file()
         metrics = Metrics(self.folder / "metrics.jsonl", resumed_step=self.progress.step)
         with Show(self.total, start=self.progress.step, quiet=self.quiet) as show, Signals() as signals:
-            self._announce(show)
+            announce(self, show)
             try:
                 self._steps(show, metrics, signals, on_step)
             finally:
@@ -189,10 +194,40 @@ class _Run:
             self.settings.packing, self.examples, order, can_mask=can_mask, dropout=self.config.dropout
         )
 
+    def _first_batches(self) -> list[Batch]:
+        return self.layout.batches(self.examples, self.plan[0], batch_tokens=self.settings.batch_tokens)
+
+    def _flops(self) -> float:
+        """Of all steps: forward 2, input gradients 2, weight gradients 2 per weight and slot."""
+        slots = sum(batch.slots for batch in self._first_batches()) * self.total
+        weights = sum(p.numel() for p in self.model.parameters() if p.ndim == 2)
+        return (4.0 if self.settings.method == "lora" else 6.0) * weights * slots
+
+    def _warm_up(self) -> None:
+        self.forward.loss_sum(self._first_batches()[0]).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _settle(self, *, resume: bool) -> None:
+        """What is recomputed, and how much is computed at once."""
+        before = self.folder / "run.json"
+        if resume and self.settings.budget_bytes is not None and before.is_file():
+            self.settings, self.fit = settled_before(self.settings, json.loads(before.read_text())), None
+            return
+        (probe, *_) = rows = self.layout.batches(self.examples, self.plan[0], batch_tokens=1)
+
+        def use() -> Use:
+            kernels = self.settings.kernels
+            loss_of = partial(self.forward.loss_sum, probe)
+            return measure_use(self.model, loss_of, slots=probe.slots, kernels=kernels)
+
+        longest = max(self.sets.train.stats.longest, *(row.slots for row in rows))
+        self.settings, self.fit = settle(self.settings, use, longest=longest)
+
     def _identity(self) -> dict[str, Any]:
         settings = self.settings.to_dict()
-        for harmless in ("save_every",):
+        for harmless in ("save_every", "budget_bytes"):
             settings.pop(harmless)
+        settings |= self.policy.identity
         return {
             **{f"train.{k}": v for k, v in settings.items()},
             **{f"lora.{k}": v for k, v in self.config.to_dict().items()},
@@ -223,35 +258,13 @@ class _Run:
             "base_fingerprint": self.base.fingerprint.to_dict(),
             "data_fingerprint": fingerprint(self.examples),
             "data": asdict(self.sets.train.stats),
+            "policy": list(self.policy.lines),
             "layout": {"packing": self.layout.packing, "reason": self.layout.reason},
             "steps": self.total,
             "versions": versions(),
             "commit": commit(),
         }
         write_atomically(self.folder / "run.json", json.dumps(record, indent=2) + "\n")
-
-    def _announce(self, show: Show) -> None:
-        stats = self.sets.train.stats
-        show.say(
-            f"data: {stats.examples} examples, {stats.tokens:,} tokens, {stats.supervised_tokens:,} carry loss"
-            + (f"; {stats.truncated_examples} prompts cut on the left" if stats.truncated_examples else "")
-        )
-        for line in self.sets.problems[:5]:
-            show.say(f"  left out or odd – {line}")
-        if len(self.sets.problems) > 5:
-            show.say(f"  … and {len(self.sets.problems) - 5} more: `lorasmith data check` lists them")
-        if self.report is not None:
-            show.say(str(self.report))
-        show.say(f"packing: {self.layout.packing} ({self.layout.reason})")
-        show.say(self.forecast)
-        show.say(
-            f"{self.total} steps of {self.settings.batch_size} sequences, peak learning rate {self.settings.lr:.2g}, "
-            f"base in {self.base.dtype_reason}"
-        )
-        for name, reason in self.asked.reasons(width=self.width).items():
-            show.say(f"  {name} {getattr(self.settings, name)}: {reason}")
-        if self.progress.step:
-            show.say(f"resuming after step {self.progress.step}")
 
     def _steps(
         self, show: Show, metrics: Metrics, signals: Signals, on_step: Callable[[int], None] | None
@@ -387,16 +400,3 @@ class _Run:
             resumed_from_step=resumed,
             interrupted=interrupted,
         )
-
-
-def _recompute_layers(model: Any, *, on: bool) -> None:
-    """Turn the recomputation of each layer in the backward pass on or off."""
-    verb = "enable" if on else "disable"
-    switch = getattr(model, f"activation_checkpointing_{verb}", None)  # its name since transformers 5.1
-    switch = switch or getattr(model, f"gradient_checkpointing_{verb}")
-    if on:
-        switch({"use_reentrant": False})
-        # transformers makes the embeddings' output require a gradient; only re-entrant recomputation needs it.
-        model.disable_input_require_grads()
-    else:
-        switch()

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-BYTES_PER_LOGIT = {2: 2 + 4 + 2, 4: 4 + 4, 8: 8 + 8}
-"""Bytes that one logit costs while its chunk lives, by the head's itemsize: logits, log p, gradient."""
+from lorasmith.train.elementwise import operations
 
-CHUNK_BYTES = 64 * 2**20
+BYTES_PER_LOGIT = {2: 2 + 4 + 2, 4: 4 + 4, 8: 8 + 8}
+"""Bytes that one logit costs while its chunk lives, by the head's itemsize: logits, log p, gradient.
+The C functions work in place and need only the first."""
+
+CHUNK_BYTES = 96 * 2**20
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def _loss_only(
 ) -> Tensor:
     total = torch.zeros((), dtype=wide, device=hidden.device)
     for h, t in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
-        total += _chunk_loss(head.logits(h), t, smoothing, wide)
+        z = head.logits(h)
+        total += operations(z.dtype, z.device).cross_entropy_(z, t, smoothing).sum()
     return total
 
 
@@ -109,18 +113,9 @@ class _FrozenHead(torch.autograd.Function):
         gradient = torch.empty_like(hidden)
         chunks = [torch.split(t, o.chunk_tokens) for t in (hidden, o.targets, gradient)]
         for h, t, g in zip(*chunks, strict=True):
-            log_p = torch.log_softmax(o.head.logits(h), -1, dtype=o.wide)
-            loss = -log_p.gather(1, t[:, None]).sum()
-            if o.label_smoothing:
-                loss = (1 - o.label_smoothing) * loss - o.label_smoothing * log_p.mean(1).sum()
-            total += loss
-            p = log_p.exp_()
-            if o.label_smoothing:
-                p.sub_(o.label_smoothing / p.shape[1])
-            p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), o.label_smoothing - 1.0))
-            if o.head.scale != 1.0:
-                p.mul_(o.head.scale)
-            torch.mm(p.to(weight.dtype), weight, out=g)
+            z = o.head.logits(h)
+            total += operations(z.dtype, z.device).cross_entropy_(z, t, o.label_smoothing).sum()
+            torch.mm(z if o.head.scale == 1.0 else z.mul_(o.head.scale), weight, out=g)
         ctx.save_for_backward(gradient)
         return total
 

@@ -1,0 +1,106 @@
+"""`lorasmith serve`: hundreds of adapters on one base, behind OpenAI's API. `lorasmith key`: a key for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorasmith.cli.options import BaseOption, DtypeOption, JsonOption, MismatchOption, print_json, say
+from lorasmith.cli.store import base_facts
+from lorasmith.errors import ConfigError, LoraSmithError
+
+if TYPE_CHECKING:
+    from lorasmith.bases import Base
+    from lorasmith.engine import Engine
+    from lorasmith.server import Gateway
+    from lorasmith.store import Store
+
+PAIR = "name=DIR"
+
+
+def serve(
+    base: BaseOption,
+    store: Annotated[Path, typer.Option("--store", help="Registry of adapters; made if it is not there.")],
+    more: Annotated[list[str] | None, typer.Argument(metavar=f"[{PAIR}]...", help="As --adapters.")] = None,
+    adapters: Annotated[
+        list[str] | None, typer.Option("--adapters", metavar=PAIR, help="Add these to the store first.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    keys: Annotated[Path | None, typer.Option(help="Keys file: tenants, admin, monitor.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow other machines without keys.")] = False,
+    max_rows: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 16,
+    max_context: Annotated[int | None, typer.Option(help="Tokens per request at most.")] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Same bits in any company.")] = False,
+    shadow_share: Annotated[
+        float, typer.Option(help="Compute this share again alone and compare; deterministic.", min=0, max=1)
+    ] = 0.0,
+    drain_s: Annotated[float, typer.Option(help="How long answers may finish after SIGTERM.", min=0)] = 30.0,
+    dtype: DtypeOption = "auto",
+    allow_base_mismatch: MismatchOption = False,
+) -> None:
+    """Serve a base and every adapter in a store. A request's `model` is an alias, alias@version or a digest."""
+    from lorasmith.bases import load_base
+    from lorasmith.server import Keys, check_exposure, read_keys, run
+    from lorasmith.store import Store
+
+    known = Keys() if keys is None else read_keys(keys)
+    check_exposure(host, known, insecure=insecure)
+    opened = Store(store, actor="serve")
+    _add(opened, base, [*(adapters or []), *(more or [])], allow_base_mismatch)
+    loaded = load_base(base, dtype=dtype)
+    is_exact = deterministic or shadow_share > 0
+    options = {"max_rows": max_rows, "max_context": max_context, "deterministic": is_exact}
+    gateway = _gateway(loaded, opened, known, options, drain_s, shadow_share, allow_base_mismatch)
+    say(
+        f"base {gateway.config.base_id} ({loaded.dtype_reason}), {len(gateway.adapters.loaded)} adapters loaded"
+    )
+    run(gateway, host=host, port=port, insecure=insecure, on_start=lambda url: say(f"serving on {url}/v1"))
+
+
+def key(as_json: JsonOption = False) -> None:
+    """Make an API key: give the key to who asks, put its hash in the keys file."""
+    from lorasmith.server import hash_key, new_key
+
+    made = new_key()
+    if as_json:
+        print_json({"key": made, "hash": hash_key(made)})
+    else:
+        print(f"key:           {made}\nin keys file:  {hash_key(made)}")
+
+
+def _gateway(
+    base: Base, store: Store, keys: Any, options: dict[str, Any], drain_s: float, share: float, allow: bool
+) -> Gateway:
+    from lorasmith.engine import Engine
+    from lorasmith.server import Gateway, ServerConfig
+
+    reference: Engine | None = None
+    if share:
+        say("shadow runs need deterministic mode, which is slower, and a second cache")
+        reference = Engine(base, **options, prefix_cache_bytes=0)
+    config = ServerConfig(
+        Path(base.name).name, drain_s=drain_s, shadow_share=share, allow_base_mismatch=allow
+    )
+    gateway = Gateway(base, Engine(base, **options), store, config, keys=keys, reference=reference)
+    gateway.adapters.preload(_report)
+    return gateway
+
+
+def _add(store: Store, base: str, pairs: list[str], allow_base_mismatch: bool) -> None:
+    if not pairs:
+        return
+    facts = base_facts(base, allow_mismatch=allow_base_mismatch)
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (equals and path):
+            raise ConfigError(f'--adapters "{pair}": write {PAIR}, such as support=runs/support/adapter')
+        version = store.add(name, path, base=facts)
+        say(f"{version.model}  {version.digest[:16]}")
+
+
+def _report(alias: str, error: LoraSmithError | None) -> None:
+    if error is not None:
+        say(f"{alias} is not served: {error}")

@@ -1,0 +1,11 @@
+"""C functions compiled by the machine's own compiler, once, and kept in the cache folder.
+
+For loops that torch would spread over many passes through memory. Everything here has a counterpart
+in plain torch, which computes where there is no compiler or with `LORASMITH_NATIVE=0`.
+
+May import: errors.
+"""
+
+from lorasmith.native.compile import is_enabled, load
+
+__all__ = ["is_enabled", "load"]

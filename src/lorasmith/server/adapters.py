@@ -1,0 +1,226 @@
+"""From a `model` text to weights in the engine: resolved in the store, checked, loaded once, leased.
+
+The engine knows adapters by their digest only, so an alias that moves can never reach other weights.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lorasmith.bases import Fingerprint, match_base
+from lorasmith.engine import Engine
+from lorasmith.errors import (
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    LoraSmithError,
+    UnknownAdapterError,
+)
+from lorasmith.server.keys import Tenant
+from lorasmith.store import Lease, Store, Version
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What answers a request. `digest` is None for the plain base.
+
+    Attributes:
+        asked: the name by which the tenant asked, without a version.
+    """
+
+    asked: str
+    name: str
+    version: int | None
+    digest: str | None
+    base: dict[str, Any] | None = None
+
+    @property
+    def model(self) -> str:
+        """`name@version`, or the base's name."""
+        return self.name if self.version is None else f"{self.name}@{self.version}"
+
+
+class Adapters:
+    """Thread-safe.
+
+    Args:
+        fingerprint: of the base; None where it came from no directory, and then nothing can be compared.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        *,
+        base_id: str,
+        fingerprint: Fingerprint | None,
+        allow_base_mismatch: bool,
+        max_adapters: int,
+    ) -> None:
+        self._engine = engine
+        self.store = store
+        self.base_id = base_id
+        self._fingerprint = fingerprint
+        self._allow_base_mismatch = allow_base_mismatch
+        self._max_adapters = max_adapters
+        self._lock = threading.Lock()
+        self._loading: dict[str, threading.Lock] = {}
+        self._loaded: OrderedDict[str, Lease] = OrderedDict()
+        self._withdrawn: set[str] = set()
+
+    def resolve(self, model: str, tenant: Tenant, *, key: str = "") -> Resolved:
+        """What `model` means to this tenant. What it may not use does not exist for it.
+
+        Raises:
+            UnknownAdapterError: nothing, so never the base.
+        """
+        if model == self.base_id:
+            if self.store.find_alias(model) is not None:
+                raise ConfigError(f'"{model}" is the base and also an alias; rename the alias')
+            if tenant.may_use(model):
+                return Resolved(model, model, None, None)
+        else:
+            version = self._find(model, tenant, key)
+            if version is not None and version.digest not in self._withdrawn:
+                asked = model.partition("@")[0]
+                return Resolved(asked, version.name, version.version, version.digest, _plain(version.base))
+        # The store's own message would suggest other tenants' names.
+        raise UnknownAdapterError(f'the model "{model[:160]}" does not exist, or this key may not use it')
+
+    def models(self, tenant: Tenant) -> list[dict[str, Any]]:
+        """Entries of /v1/models: the base, and every alias that this tenant may use."""
+        entries = [_entry(self.base_id, None)] if tenant.may_use(self.base_id) else []
+        versions = {(v.name, v.version): v for v in self.store.versions()}
+        for alias in self.store.aliases():
+            if tenant.may_use(alias.alias) and alias.digest not in self._withdrawn:
+                version = versions[alias.name, alias.version]
+                canary = alias.to_dict()["canary"]
+                about = {
+                    "digest": alias.digest,
+                    "version": alias.version,
+                    "name": alias.name,
+                    "canary": canary,
+                }
+                entries.append(_entry(alias.alias, self.base_id, int(version.added_at), about))
+        return entries
+
+    def load(self, digest: str, base: dict[str, Any] | None) -> None:
+        """Make the engine know this adapter. Blocks while it is read.
+
+        Raises:
+            AdapterFileError, BaseMismatchError: it cannot be served.
+            UnknownAdapterError: it was removed meanwhile.
+        """
+        with self._lock:
+            if digest in self._withdrawn:
+                raise UnknownAdapterError("this adapter was unloaded")
+            if digest in self._loaded:
+                self._loaded.move_to_end(digest)
+                return
+            gate = self._loading.setdefault(digest, threading.Lock())
+        with gate:
+            with self._lock:
+                if digest in self._loaded:
+                    return
+            lease = self._read_in(digest, base)
+            with self._lock:
+                self._loaded[digest] = lease
+                self._loading.pop(digest, None)
+        self._shed()
+
+    def unload(self, digest: str, *, withdraw: bool = True) -> None:
+        """Forget an adapter: running requests finish, new ones are told it does not exist."""
+        with self._lock:
+            if withdraw:
+                self._withdrawn.add(digest)
+            lease = self._loaded.pop(digest, None)
+        if lease is not None:
+            self._engine.remove_adapter(digest)
+            lease.release()
+
+    def restore(self, digest: str) -> None:
+        """Undo an `unload`."""
+        self._withdrawn.discard(digest)
+
+    @property
+    def loaded(self) -> list[str]:
+        """Digests that the engine knows."""
+        with self._lock:
+            return list(self._loaded)
+
+    def sweep(self) -> None:
+        """Forget adapters that the store no longer has, so that their files can go."""
+        wanted = self.store.digests()
+        for digest in self.loaded:
+            if digest not in wanted:
+                self.unload(digest, withdraw=False)
+
+    def close(self) -> None:
+        """Give all leases back."""
+        for digest in self.loaded:
+            self.unload(digest, withdraw=False)
+
+    def preload(self, report: Callable[[str, LoraSmithError | None], None]) -> None:
+        """Load what aliases point to, as far as it fits, and report each."""
+        for alias in self.store.aliases()[: self._max_adapters]:
+            version = self.store.resolve(f"{alias.alias}@{alias.version}")
+            try:
+                self.load(version.digest, _plain(version.base))
+                report(alias.alias, None)
+            except LoraSmithError as error:
+                report(alias.alias, error)
+
+    def _find(self, model: str, tenant: Tenant, key: str) -> Version | None:
+        try:
+            version = self.store.find(model, key=key)
+        except ConfigError:
+            return None
+        if version is None or version.digest != model:
+            return version if tenant.may_use(model.partition("@")[0]) else None
+        same = self.store.by_digest(model)
+        return next((v for v in same if any(map(tenant.may_use, (v.name, *v.aliases)))), None)
+
+    def _read_in(self, digest: str, base: dict[str, Any] | None) -> Lease:
+        self._check_base(base)
+        lease = self.store.lease(digest)
+        try:
+            found = self._engine.add_adapter(digest, lease.path)
+            if found != digest:
+                self._engine.remove_adapter(digest)
+                raise AdapterFileError(f"the stored adapter {digest} is damaged: its content is {found}")
+        except BaseException as error:
+            lease.release()
+            if isinstance(error, AdapterFileError):  # a client need not know where it lies
+                raise AdapterFileError(str(error).replace(str(lease.path), digest)) from None
+            raise
+        return lease
+
+    def _check_base(self, base: dict[str, Any] | None) -> None:
+        if self._allow_base_mismatch or self._fingerprint is None or base is None:
+            return
+        if match_base({"base": base}, self._fingerprint) is False:
+            raise BaseMismatchError(f"this adapter was trained on another base than {self.base_id}")
+
+    def _shed(self) -> None:
+        """Forget the least recently used beyond `max_adapters`; whoever runs on them keeps them."""
+        while True:
+            with self._lock:
+                if len(self._loaded) <= self._max_adapters:
+                    return
+                digest = next(iter(self._loaded))
+            self.unload(digest, withdraw=False)
+
+
+def _plain(base: Any) -> dict[str, Any] | None:
+    return None if base is None else dict(base)
+
+
+def _entry(
+    name: str, parent: str | None, created: int = 0, about: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    entry = {"id": name, "object": "model", "created": created, "owned_by": "lorasmith", "parent": parent}
+    return entry | {"lorasmith": about or {"digest": None, "version": None, "name": name, "canary": None}}

@@ -1,0 +1,55 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lorasmith.train.show import Show
+
+if TYPE_CHECKING:
+    from lorasmith.train.loop import Run
+
+
+def announce(run: Run, show: Show) -> None:
+    """Data, targets, layout, kernels, and the reason for each setting left at its default."""
+    for line in (*_of_data(run), *_of_computing(run), *_of_settings(run)):
+        show.say(line)
+
+
+def _of_data(run: Run) -> Iterator[str]:
+    stats = run.sets.train.stats
+    cut = f"; {stats.truncated_examples} prompts cut on the left" if stats.truncated_examples else ""
+    yield (
+        f"data: {stats.examples} examples, {stats.tokens:,} tokens, "
+        f"{stats.supervised_tokens:,} carry loss{cut}"
+    )
+    for problem in run.sets.problems[:5]:
+        yield f"  left out or odd – {problem}"
+    if len(run.sets.problems) > 5:
+        yield f"  … and {len(run.sets.problems) - 5} more: `lorasmith data check` lists them"
+
+
+def _of_computing(run: Run) -> Iterator[str]:
+    if run.report is not None:
+        yield str(run.report)
+    yield f"packing: {run.layout.packing} ({run.layout.reason})"
+    yield f"dtype: {run.base.dtype_reason}"
+    yield from run.policy.lines
+    if run.fit is not None:
+        yield (
+            f"budget: recompute {run.fit.recompute}, {run.fit.batch_tokens:,} tokens at once; "
+            f"predicted peak {run.fit.peak_bytes / 2**30:.2f} GiB"
+        )
+    elif run.settings.budget_bytes is not None:
+        settings = run.settings
+        yield f"budget: recompute {settings.recompute}, {settings.batch_tokens:,} tokens at once, as settled before"
+
+
+def _of_settings(run: Run) -> Iterator[str]:
+    settings = run.settings
+    yield f"{run.total} steps of {settings.batch_size} sequences, peak learning rate {settings.lr:.2g}"
+    for name, reason in run.asked.reasons(width=run.width).items():
+        yield f"  {name} {getattr(settings, name)}: {reason}"
+    if run.progress.step:
+        yield f"resuming after step {run.progress.step}"

@@ -1,0 +1,215 @@
+"""How a run computes, chosen once from the model and the machine: kernels, recomputation, memory.
+
+Everything that changes speed, memory or last bits without changing what is computed is settled here
+and printed. The choice depends on the run's settings and the machine, never on a measured time, so
+a resumed run makes the same one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasmith.bases import attention, home
+from lorasmith.inject import LoRALayer
+from lorasmith.train.attention import causal_attention
+from lorasmith.train.config import KernelsName, RecomputeName
+from lorasmith.train.elementwise import operations
+from lorasmith.train.fast import fast_layers
+
+LONG_RUN_FLOPS = 2e14
+"""Where compiling (some 25 s) is small beside the run: about ten minutes at 300 GFLOP/s."""
+COMPILE_LIMIT_S = 180
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The choice, with the reason for each part."""
+
+    kernels: KernelsName
+    recompute: RecomputeName
+    operations: str
+    lines: tuple[str, ...]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What may change the last bits of a result."""
+        return {"kernels": self.kernels, "recompute": self.recompute, "operations": self.operations}
+
+
+@contextmanager
+def computing(
+    model: nn.Module,
+    *,
+    kernels: KernelsName,
+    recompute: RecomputeName,
+    flops: float,
+    warm_up: Callable[[], Any],
+) -> Iterator[Policy]:
+    """Let `model` compute by the chosen kernels inside the `with`; it is as before afterwards.
+
+    Args:
+        kernels: "auto", or what must be tried: "block", "inductor" or "plain".
+        recompute: what is computed again in the backward pass instead of kept.
+        flops: of the whole run, for the choice of whether to compile.
+        warm_up: one forward and backward pass, for what must be compiled first.
+    """
+    with ExitStack() as stack:
+        stack.callback(_retain_freed_memory())
+        device = next(model.parameters()).device
+        lines = [f"threads: {torch.get_num_threads()}" if device.type == "cpu" else f"device: {device}"]
+        chosen: KernelsName = "plain"
+        ops = operations(next(model.parameters()).dtype, device).name
+        if kernels in ("auto", "block"):
+            keep = {"none": "all", "mlp": "no-mlp", "layers": "input"}[recompute]
+            count = stack.enter_context(fast_layers(model, keep=keep))  # type: ignore[arg-type]
+            if count:
+                chosen = "block"
+                lines.append(
+                    f"kernels: block (proved on a probe for {count} of {len(repeated_layers(model))} layers; "
+                    f"between the products: {ops})"
+                )
+        if chosen == "plain":
+            if recompute != "none":
+                stack.enter_context(_recomputed(model))
+            if device.type == "cpu" and stack.enter_context(attention(model, causal_attention)):
+                lines.append("attention: by tiles (matrix products; keys never repeated)")
+            wanted = kernels == "inductor" or (
+                kernels == "auto" and (flops >= LONG_RUN_FLOPS or device.type == "cuda")
+            )
+            said = (
+                stack.enter_context(_compiled(model, warm_up)) if wanted else "not asked, or the run is short"
+            )
+            chosen = "inductor" if said == "" else "plain"
+            lines.append(f"kernels: {chosen}" + (f" ({said})" if said else " (each decoder layer compiled)"))
+        others = len(repeated_layers(model)) - count if chosen == "block" else 0
+        if others > 0 and device.type == "cpu" and stack.enter_context(attention(model, causal_attention)):
+            lines.append(f"attention of the {others} other layers: by tiles")
+        if recompute != "none":
+            what = "gate and up" if (recompute, chosen) == ("mlp", "block") else "each decoder layer"
+            what += f" of the block's, the {others} other layers keep everything" if others > 0 else ""
+            lines.append(f"recompute: {what}, again in the backward pass")
+        yield Policy(chosen, recompute, ops, tuple(lines))
+
+
+@contextmanager
+def _recomputed(model: Any) -> Iterator[None]:
+    """Each decoder layer keeps its input alone and is computed again in the backward pass."""
+    verbs = {on: "enable" if on else "disable" for on in (True, False)}
+    switches = [
+        getattr(model, f"activation_checkpointing_{verb}", None)  # its name since transformers 5.1
+        or getattr(model, f"gradient_checkpointing_{verb}")
+        for verb in verbs.values()
+    ]
+    switches[0]({"use_reentrant": False})
+    # transformers makes the embeddings' output require a gradient; only re-entrant recomputation needs it.
+    model.disable_input_require_grads()
+    switched = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and not m.training]
+    for module in switched:  # they recompute in training mode alone; their layers stay as they are
+        module.training = True
+    try:
+        yield
+    finally:
+        switches[1]()
+        for module in switched:
+            module.training = False
+
+
+@contextmanager
+def _compiled(model: nn.Module, warm_up: Callable[[], Any]) -> Iterator[str]:
+    """Decoder layers through inductor. Yields why not, or an empty string where they are.
+
+    One graph serves all layers and all shapes; what must be compiled is compiled by `warm_up`, within
+    `COMPILE_LIMIT_S`, and kept in the cache folder.
+    """
+    layers = repeated_layers(model)
+    if any(isinstance(m, LoRALayer) and m.lora_dropout for m in model.modules()):
+        yield "dropout draws a seed, which a compiled graph cannot"
+        return
+    if not layers or not _has_compiler(next(model.parameters()).device):
+        yield "no compiler" if layers else "no repeated layers to compile"
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "inductor"))
+    for layer in layers:
+        layer.compile(dynamic=True)
+    try:
+        said = ""
+        try:
+            with _limited(COMPILE_LIMIT_S):
+                warm_up()
+        except Exception as error:  # whatever a compiler says, the plain way still computes
+            said = f"compiling failed, so not compiled: {str(error).splitlines()[0][:100] if str(error) else error!r}"
+            for layer in layers:
+                layer._compiled_call_impl = None
+        yield said
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The longest list of modules of one class: the decoder layers."""
+    lists = [
+        list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
+    ]
+    return max(lists, key=len, default=[])
+
+
+def _has_compiler(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 0)
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
+@contextmanager
+def _limited(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after `seconds`; elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _retain_freed_memory() -> Callable[[], Any]:
+    """Keep freed memory for the next step; returns what gives it back.
+
+    glibc maps every large tensor anew and gives it back when freed; the kernel then clears each page
+    again, which takes 15 % of a training step (measured: dev/LOG.md).
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt, trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):
+        return lambda: None
+    mmap_threshold, trim_threshold, top_pad = -3, -1, -2
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)
+    mallopt(top_pad, 64 << 20)
+
+    def restore() -> None:
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 128 << 10)
+        mallopt(top_pad, 128 << 10)
+        trim(0)
+
+    return restore
