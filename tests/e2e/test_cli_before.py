@@ -70,12 +70,12 @@ def test_plan_reads_no_weight_and_answers_for_both_methods(place, tmp_path):
 
 def test_plan_within_a_budget_on_a_device_and_from_a_run_file(place, tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text("[lora]\nrank = 3\n[train]\nbatch_size = 2\ncheckpoint_layers = true\n")
+    file.write_text('[lora]\nrank = 3\n[train]\nbatch_size = 2\nrecompute = "layers"\n')
     data = ("--base", place / "base", "--data", place / "data.jsonl")
     on_gpu = answer("plan", *data, "--device", "t4", "--config", file)
     assert on_gpu["machine"]["name"] == "T4"
     assert on_gpu["recommended"]["rank"] == 3
-    assert on_gpu["recommended"]["checkpoint_layers"] is True
+    assert on_gpu["recommended"]["recompute"] == "layers"
     refused = run("plan", *data, "--budget", "1MB", "--json")
     assert refused.exit_code == 1
     assert "Nothing fits" in json.loads(refused.stdout)["recommended"]["reason"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lorasmith.inject import inject, lora_layers
 from lorasmith.lora import LoRAConfig
 from lorasmith.planning import (
     DEVICES,
+    Computing,
     Decoder,
     Job,
     Machine,
@@ -25,7 +27,6 @@ from lorasmith.planning import (
     estimate,
     fit,
     known_device,
-    parse_bytes,
     this_machine,
     work_of,
 )
@@ -34,6 +35,7 @@ from lorasmith.train.batch import Batch
 from tests.support.models import tiny_causal_lm
 
 GIB = 2**30
+PLAIN = Computing()
 MACHINE = Machine("test", 8 * GIB, 1e12, 1e11, "made up")
 
 
@@ -80,7 +82,7 @@ def test_flops_are_what_torch_counts(method):
     sources = torch.arange(0, 96, 3)
     with Products() as counted:
         forward.loss_sum(Batch(ids, None, None, sources, sources % 60)).backward()
-    work = work_of(decoder_of(model), trained, Pass(4, 24, 32), recompute=False)
+    work = work_of(decoder_of(model), trained, Pass(4, 24, 32), Computing())
     # With LoRA nothing below the first adapter needs a gradient, so the count has a few products less.
     assert counted.flops == pytest.approx(work.flops - work.attention, rel=0.06)
 
@@ -106,32 +108,48 @@ def test_limits_of_containers_old_and_new(tmp_path: Path):
     assert cgroup_limits(tmp_path / "none", tmp_path / "absent") == []
 
 
-def fitted(memory: float, **asked: int):
-    settings = {"rank": 16, "batch_tokens": 2048, "max_length": 1024, "longest": 1024} | asked
-    return fit(
-        seven_billion(), replace(MACHINE, memory_bytes=int(memory * GIB)), runtime_bytes=GIB // 2, **settings
-    )
+def fitted(memory: float, *, computing: Computing = PLAIN, **asked: Any):
+    settings = {"rank": 16, "batch_tokens": 8192, "max_length": 1024, "recomputes": ("none", "mlp", "layers")}
+    job = replace(seven_billion(), computing=computing)
+
+    def passes_of(tokens: int):
+        rows = max(1, tokens // 1024)
+        return [[Pass(rows, 1024, rows * 512)] * (8 // rows)], []
+
+    within = replace(MACHINE, memory_bytes=int(memory * GIB))
+    return fit(job, within, passes_of, runtime_bytes=GIB // 2, **settings | asked)
 
 
-def test_a_budget_is_met_by_the_cheapest_sacrifice():
-    free = fitted(200)
-    assert (free.rank, free.batch_tokens, free.max_length, free.checkpoint_layers) == (16, 2048, 1024, False)
+@pytest.mark.parametrize("is_block", [True, False])
+def test_a_budget_is_met_by_the_cheapest_sacrifice(is_block):
+    how = Computing(is_block=is_block, is_tiled=True)
+    free = fitted(200, computing=how)
+    assert (free.rank, free.batch_tokens, free.recompute) == (16, 8192, "none")
     assert free.reason == "everything fits as asked"
-    seen = []
-    for memory in (60, 40, 30, 24, 20, 17, 16, 15.5, 15):
+    seen = {}
+    for memory in range(120, 10, -1):
         try:
-            found = fitted(memory)
+            found = fitted(memory / 2, computing=how, least_rank=1)
         except BudgetError:
             break
-        assert found.peak_bytes <= memory * GIB
-        seen.append((found.max_length, found.rank, -found.checkpoint_layers, found.batch_tokens))
-    assert seen == sorted(seen, reverse=True)
-    assert any(entry[2] for entry in seen)
-    assert len(set(seen)) > 3
+        assert found.peak_bytes <= memory / 2 * GIB
+        seen[found.rank, found.recompute, found.batch_tokens] = found.train_s
+    exact = [s for (rank, *_), s in seen.items() if rank == 16]
+    assert exact == sorted(exact)  # each slower than the one before, by the plan's own reckoning
+    assert list(seen)[-1][1] == "layers"
+    assert list(seen)[-1][0] < 16
+    assert any(recompute == "mlp" for _, recompute, _ in seen) == is_block
+
+
+def test_the_rank_is_kept_unless_it_may_be_lowered():
+    ranks = {fitted(memory / 4, least_rank=1).rank for memory in range(59, 76)}
+    assert min(ranks) < 16
+    with pytest.raises(BudgetError):
+        fitted(14)
 
 
 def test_a_budget_below_the_weights_says_so():
-    with pytest.raises(BudgetError, match=r"weights alone 12\.55 GiB"):
+    with pytest.raises(BudgetError, match=r"12\.55 GiB for the base's weights"):
         fitted(8)
 
 
@@ -139,7 +157,7 @@ def test_each_part_of_the_peak_grows_with_what_causes_it():
     job = seven_billion()
     base = estimate(job, MACHINE, runtime_bytes=0)
     wider = estimate(replace(job, passes=[[Pass(4, 1024, 1024)]]), MACHINE, runtime_bytes=0)
-    recomputed = estimate(replace(job, recompute=True), MACHINE, runtime_bytes=0)
+    recomputed = estimate(replace(job, computing=Computing(recompute="layers")), MACHINE, runtime_bytes=0)
     full = estimate(replace(job, trained=Trained(None)), MACHINE, runtime_bytes=0)
     assert wider.activation_bytes > 1.8 * base.activation_bytes
     assert recomputed.activation_bytes < 0.3 * base.activation_bytes
@@ -148,16 +166,6 @@ def test_each_part_of_the_peak_grows_with_what_causes_it():
     assert full.flops / base.flops == pytest.approx(1.5, rel=0.1)  # 6 against 4 per weight and token
     assert not full.fits
     assert base.weights_bytes + base.adapter_bytes + base.activation_bytes < base.peak_bytes
-
-
-def test_sizes_are_read_as_people_write_them():
-    assert parse_bytes("8GiB") == 8 * GIB
-    assert parse_bytes("500 MB") == 500_000_000
-    assert parse_bytes("1.5gb") == 1_500_000_000
-    assert parse_bytes("1024") == 1024
-    for bad in ("", "8 apples", "-3GiB", "0", "GiB"):
-        with pytest.raises(ConfigError, match="8GiB"):
-            parse_bytes(bad)
 
 
 def test_devices():

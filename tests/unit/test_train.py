@@ -24,7 +24,6 @@ from lorasmith.formats import read_adapter
 from lorasmith.inject import inject, lora_layers
 from lorasmith.lora import LoRAConfig
 from lorasmith.train import TrainConfig, default_lr, evaluate_loss, read_metrics, train
-from lorasmith.train.budget import Use
 from lorasmith.train.checkpoint import (
     Progress,
     checkpoint_parameters,
@@ -469,14 +468,14 @@ def test_a_resumed_run_keeps_what_its_budget_settled(tmp_path, monkeypatch):
             raise ZeroDivisionError
 
     # The same process holds more or less memory at another time; then another choice would fit.
-    small = Use(0, {"none": 2**32, "mlp": 2**32, "layers": 1})
-    monkeypatch.setattr(room, "measure_use", lambda *_, **__: small)
+    settled = lambda run: (replace(run.settings, recompute="mlp", batch_tokens=256), "plan: small")  # noqa: E731
+    monkeypatch.setattr(room, "preflight", settled)
     run(tmp_path / "whole", settings=settings)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "run", settings=settings, on_step=fail)
     chosen = json.loads((tmp_path / "run" / "run.json").read_text())["train"]
-    assert (chosen["recompute"], chosen["batch_tokens"]) == ("none", 256)
-    monkeypatch.setattr(room, "measure_use", lambda *_, **__: pytest.fail("measured again"))
+    assert (chosen["recompute"], chosen["batch_tokens"]) == ("mlp", 256)
+    monkeypatch.setattr(room, "preflight", lambda _: pytest.fail("settled again"))
     assert run(tmp_path / "run", settings=settings, resume=True).resumed_from_step == 6
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import BaseOption, DtypeOption, JsonOption, print_json, say
+from lorasmith.cli.options import BaseOption, DtypeOption, JsonOption, parse_bytes, print_json, say
 from lorasmith.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
@@ -35,9 +35,8 @@ def plan(
     epochs: Annotated[int | None, typer.Option(help="Passes over the data. Default 1.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after this many optimizer steps.")] = None,
     packing: Annotated[str | None, typer.Option(help="auto, none, plain or tree.")] = None,
-    checkpoint_layers: Annotated[
-        bool | None, typer.Option("--checkpoint-layers", help="Recompute layers in the backward pass.")
-    ] = None,
+    kernels: Annotated[str | None, typer.Option(help="auto, block, inductor or plain.")] = None,
+    recompute: Annotated[str | None, typer.Option(help="auto, none, mlp or layers.")] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run two real steps to calibrate the time.")
     ] = False,
@@ -49,7 +48,7 @@ def plan(
     from lorasmith.cli.planned import Planned, measured_factor
     from lorasmith.cli.train import given, parse_targets, read_run_file
     from lorasmith.lora import LoRAConfig
-    from lorasmith.planning import known_device, parse_bytes, this_machine
+    from lorasmith.planning import known_device, this_machine
     from lorasmith.train import TrainConfig
 
     if measure and device:
@@ -59,7 +58,8 @@ def plan(
     asked = run.get("lora", {}) | given(flags, "rank")
     lora = LoRAConfig.from_dict(asked | ({"targets": parse_targets(targets)} if targets else {}))
     settings = TrainConfig.from_dict(run.get("train", {}) | given(
-        flags, "batch_size", "batch_tokens", "max_length", "epochs", "max_steps", "packing", "checkpoint_layers",
+        flags, "batch_size", "batch_tokens", "max_length", "epochs", "max_steps", "packing",
+        "kernels", "recompute",
     ))  # fmt: skip
     planned = Planned.read(base, data, lora, settings, dtype=dtype)
     machine = known_device(device) if device else this_machine(planned.dtype)
@@ -103,7 +103,7 @@ def _print(planned: Planned, machine: Machine, result: dict[str, Any], *, measur
     for row in planned.rows(result["lora"], result["full"]):
         table.add_row(*row)
     console = Console(highlight=False)
-    stats = planned.stats
+    stats = planned.encoded.stats
     console.print(
         f"{planned.name}: {planned.decoder.params:,} parameters; {stats.examples} examples, {stats.tokens:,} tokens, "
         f"{planned.steps} steps; packing {planned.layout.packing} ({planned.layout.reason})",
@@ -117,8 +117,8 @@ def _print(planned: Planned, machine: Machine, result: dict[str, Any], *, measur
     if "rank" not in found:
         console.print(found["reason"], markup=False)
         return
-    flags = (
-        f"--rank {found['rank']} --batch-tokens {found['batch_tokens']} --max-length {found['max_length']}"
+    flags = " ".join(
+        f"--{name.replace('_', '-')} {found[name]}"
+        for name in ("rank", "batch_tokens", "max_length", "recompute")
     )
-    flags += " (with checkpoint_layers = true in the run file)" if found["checkpoint_layers"] else ""
     console.print(f"recommended: {flags}\n  {found['reason']}", markup=False, soft_wrap=True)

@@ -7,81 +7,105 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorasmith.errors import BudgetError
 from lorasmith.planning import Decoder, Estimate, Fit, Job, Machine, Pass, Trained, gib
 
 if TYPE_CHECKING:
     import torch
 
-    from lorasmith.data import Stats
+    from lorasmith.bases import Skeleton
+    from lorasmith.data import Encoded, RecordSet, Steps
     from lorasmith.lora import LoRAConfig
     from lorasmith.train import Layout, TrainConfig
 
 Method = Literal["lora", "full"]
 MEASURED_STEPS = 3
+LEAST_LENGTH = 64
 
 
 @dataclass(frozen=True)
 class Planned:
-    """`ranks`: path of each target → rank. `runtime_bytes`: what this very process holds without weights."""
+    """One run before it starts.
+
+    Attributes:
+        skeleton: the base without its numbers.
+        ranks: path of each target → rank.
+        steps: optimizer steps in all.
+        runtime_bytes: what this very process holds without weights.
+    """
 
     name: str
-    decoder: Decoder
-    ranks: dict[str, int]
+    skeleton: Skeleton
+    tokenizer: Any
+    records: RecordSet
     config: LoRAConfig
     settings: TrainConfig
-    layout: Layout
-    passes: list[list[Pass]]
-    steps: int
-    stats: Stats
-    file_itemsize: int
-    runtime_bytes: int
     dtype: torch.dtype
+    decoder: Decoder
+    ranks: dict[str, int]
+    encoded: Encoded
+    order: Steps
+    layout: Layout
+    runtime_bytes: int
 
     @classmethod
     def read(cls, base: str, data: Path, config: LoRAConfig, settings: TrainConfig, *, dtype: str) -> Planned:
         """Build the skeleton, encode the data and lay out its steps."""
         from lorasmith.bases import load_skeleton, load_tokenizer, pick_dtype
-        from lorasmith.data import encode, read_records, steps
+        from lorasmith.data import read_records
         from lorasmith.inject import resolve_targets
         from lorasmith.planning import decoder_of, resident_bytes
-        from lorasmith.train import choose_layout, passes_of
 
-        chosen, skeleton = pick_dtype(dtype), load_skeleton(base)
-        encoded = encode(read_records(data), load_tokenizer(base), max_length=settings.max_length)
-        order = steps(
-            encoded.examples, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed
-        )
-        total = min(len(order), settings.max_steps or len(order))
-        window = getattr(skeleton.model.config, "sliding_window", None)
-        layout = choose_layout(
-            settings.packing, encoded.examples, [order[k] for k in range(min(total, order.per_epoch))],
-            can_mask=window is None or window >= encoded.stats.longest, dropout=config.dropout,
-        )  # fmt: skip
+        chosen, skeleton, tokenizer = pick_dtype(dtype), load_skeleton(base), load_tokenizer(base)
+        records = read_records(data)
+        encoded, order, layout = _laid_out(skeleton.model, tokenizer, records, config, settings)
         return cls(
             name=base,
-            decoder=decoder_of(skeleton.model, itemsize=chosen.itemsize),
-            ranks={path: config.rank_of(path) for path in resolve_targets(skeleton.model, config).chosen},
+            skeleton=skeleton,
+            tokenizer=tokenizer,
+            records=records,
             config=config,
             settings=settings,
-            layout=layout,
-            passes=passes_of(
-                layout, encoded.examples, order, total=total, batch_tokens=settings.batch_tokens
-            ),
-            steps=total,
-            stats=encoded.stats,
-            file_itemsize=skeleton.file_itemsize,
-            runtime_bytes=resident_bytes(),
             dtype=chosen,
+            decoder=decoder_of(skeleton.model, itemsize=chosen.itemsize),
+            ranks={path: config.rank_of(path) for path in resolve_targets(skeleton.model, config).chosen},
+            encoded=encoded,
+            order=order,
+            layout=layout,
+            runtime_bytes=resident_bytes(),
         )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return min(len(self.order), self.settings.max_steps or len(self.order))
+
+    def with_length(self, max_length: int) -> Planned:
+        """The same run with sequences cut to fewer tokens."""
+        settings = replace(self.settings, max_length=max_length)
+        encoded, order, layout = _laid_out(
+            self.skeleton.model, self.tokenizer, self.records, self.config, settings
+        )
+        return replace(self, settings=settings, encoded=encoded, order=order, layout=layout)
 
     def job(self, method: Method) -> Job:
         """The run as planning takes it."""
-        trained = Trained(self.ranks if method == "lora" else None)
+        from lorasmith.train import computing_of
+
+        even, worst = self._passes(self.settings.batch_tokens)
         return Job(
-            self.decoder, trained, self.passes, self.steps,
-            recompute=self.settings.checkpoint_layers, file_itemsize=self.file_itemsize,
-            is_mapped=self.file_itemsize == self.decoder.itemsize,
+            self.decoder, Trained(self.ranks if method == "lora" else None), even, self.steps, worst,
+            computing=computing_of(self.skeleton.model, self.settings, self.dtype),
+            file_itemsize=self.skeleton.file_itemsize,
+            is_mapped=self.skeleton.file_itemsize == self.decoder.itemsize,
         )  # fmt: skip
+
+    def _passes(self, batch_tokens: int) -> tuple[list[list[Pass]], list[list[Pass]]]:
+        from lorasmith.train import passes_of
+
+        return passes_of(
+            self.layout, self.encoded.examples, self.order, total=self.steps, batch_tokens=batch_tokens
+        )
 
     def estimate(self, machine: Machine, method: Method, factor: float) -> Estimate:
         """Memory, operations and time of one method."""
@@ -90,14 +114,41 @@ class Planned:
         return estimate(self.job(method), machine, runtime_bytes=self.runtime_bytes, time_factor=factor)
 
     def fit(self, machine: Machine, limit: int | None, factor: float) -> Fit:
-        """Settings that fit `limit` and the machine, whichever is smaller."""
-        from lorasmith.planning import fit
+        """Settings that fit `limit` and the machine, whichever is smaller; sequences are cut last.
 
+        Raises:
+            BudgetError: nothing fits.
+        """
         within = machine if limit is None else replace(machine, memory_bytes=min(limit, machine.memory_bytes))
+        length = min(self.settings.max_length, self.encoded.stats.longest)
+        refusal: BudgetError | None = None
+        for shorter in (length >> k for k in range(12)):
+            if shorter < LEAST_LENGTH and refusal is not None:
+                break
+            run = self if refusal is None else self.with_length(shorter)
+            try:
+                found = run._fit(within, shorter if refusal else self.settings.max_length, factor)
+            except BudgetError as error:
+                refusal = error
+                continue
+            if refusal is None:
+                return found
+            return replace(
+                found, reason=f"{found.reason}; max_length {shorter}: longer prompts lose their beginning"
+            )
+        assert refusal is not None
+        raise refusal
+
+    def _fit(self, within: Machine, max_length: int, factor: float) -> Fit:
+        from lorasmith.planning import fit
+        from lorasmith.train import RECOMPUTES
+
+        asked = self.settings.recompute
         return fit(
-            self.job("lora"), within, runtime_bytes=self.runtime_bytes, rank=self.config.rank,
-            batch_tokens=self.settings.batch_tokens, max_length=self.settings.max_length,
-            longest=self.stats.longest, time_factor=factor,
+            self.job("lora"), within, self._passes,
+            runtime_bytes=self.runtime_bytes, rank=self.config.rank, batch_tokens=self.settings.batch_tokens,
+            max_length=max_length, recomputes=RECOMPUTES if asked == "auto" else (asked,), least_rank=1,
+            time_factor=factor,
         )  # fmt: skip
 
     def rows(self, lora: dict[str, Any], full: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -149,9 +200,31 @@ def measured_factor(planned: Planned, machine: Machine, base: str, data: Path, *
     rate = sum(row["step_s"] for row in measured) / sum(row["tokens"] for row in measured)
     predicted = estimate(planned.job("lora"), machine, runtime_bytes=0).train_s
     tokens = (
-        planned.stats.tokens * planned.steps / max(1, planned.stats.examples / planned.settings.batch_size)
+        planned.encoded.stats.tokens
+        * planned.steps
+        / max(1, planned.encoded.stats.examples / planned.settings.batch_size)
     )
     return float(rate * tokens / predicted)
+
+
+def _laid_out(
+    model: Any, tokenizer: Any, records: RecordSet, config: LoRAConfig, settings: TrainConfig
+) -> tuple[Encoded, Steps, Layout]:
+    from lorasmith.data import encode, steps
+    from lorasmith.train import choose_layout
+
+    encoded = encode(records, tokenizer, max_length=settings.max_length)
+    order = steps(
+        encoded.examples, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed,
+        shuffle=settings.shuffle,
+    )  # fmt: skip
+    total = min(len(order), settings.max_steps or len(order))
+    window = getattr(model.config, "sliding_window", None)
+    layout = choose_layout(
+        settings.packing, encoded.examples, [order[k] for k in range(min(total, order.per_epoch))],
+        can_mask=window is None or window >= encoded.stats.longest, dropout=config.dropout,
+    )  # fmt: skip
+    return encoded, order, layout
 
 
 def _size(count: int) -> str:

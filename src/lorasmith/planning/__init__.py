@@ -6,7 +6,9 @@ May import: lora, errors.
 """
 
 from lorasmith.planning.activations import (
+    Computing,
     Pass,
+    Recompute,
     Trained,
     backward_bytes,
     logit_bytes,
@@ -16,7 +18,7 @@ from lorasmith.planning.activations import (
 )
 from lorasmith.planning.decoder import Decoder, decoder_of
 from lorasmith.planning.estimate import Estimate, Job, estimate, gib, require_fit
-from lorasmith.planning.fit import Fit, fit, parse_bytes
+from lorasmith.planning.fit import Fit, fit
 from lorasmith.planning.machine import (
     DEVICES,
     Machine,
@@ -31,6 +33,7 @@ from lorasmith.planning.work import Work, work_of
 
 __all__ = [
     "DEVICES",
+    "Computing",
     "Decoder",
     "Estimate",
     "Fit",
@@ -38,6 +41,7 @@ __all__ = [
     "Machine",
     "Memory",
     "Pass",
+    "Recompute",
     "Shapes",
     "Trained",
     "Work",
@@ -53,7 +57,6 @@ __all__ = [
     "logit_bytes",
     "logit_chunk",
     "lora_memory",
-    "parse_bytes",
     "require_fit",
     "resident_bytes",
     "saved_by_layer",

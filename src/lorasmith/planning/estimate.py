@@ -8,10 +8,10 @@ from typing import Any
 
 from lorasmith.errors import BudgetError
 from lorasmith.planning.activations import (
+    Computing,
     Pass,
     Trained,
     backward_bytes,
-    chunk_bytes,
     logit_bytes,
     saved_by_layer,
     saved_bytes,
@@ -21,8 +21,12 @@ from lorasmith.planning.machine import CUDA_CONTEXT_BYTES, Machine
 from lorasmith.planning.memory import FP32_BYTES
 from lorasmith.planning.work import work_of
 
-HOLES_PER_KEPT_BYTE = 0.47
-KERNEL_BYTES = 30 * 10**6
+HOLES_PER_BYTE = {False: 0.18, True: 0.40}
+"""Free space between what a heap holds, per byte; True: passes differ in shape, so blocks seldom fit again."""
+LATER_BYTES = 90 * 10**6
+"""What a run imports and keeps after its start: kernels' scratch, the progress bar, the plot at the end."""
+EVEN_SHAPES = 2
+"""Shapes of pass that a run of equal rows has: full ones, and the last."""
 
 KEPT_CHECKPOINTS = 3
 """The last two and the best."""
@@ -33,9 +37,10 @@ class Job:
     """What would be run.
 
     Attributes:
-        passes: of one optimizer step each, for the steps that were looked at.
+        passes: of one optimizer step each, for some steps evenly from the run: what time is counted from.
+        worst: of the steps with the most tokens or the longest rows: what memory must bear besides.
         steps: optimizer steps of the whole run.
-        recompute: layers are recomputed in the backward pass.
+        computing: how layers are computed, and which of them again in the backward pass.
         keeps_best: a held-out set chooses the best adapter, of which a copy is kept.
         file_itemsize: bytes of a weight in the base's own file.
         is_mapped: the weights are pages of that file, which become resident when they are read; of input
@@ -46,7 +51,8 @@ class Job:
     trained: Trained
     passes: Sequence[Sequence[Pass]]
     steps: int
-    recompute: bool = False
+    worst: Sequence[Sequence[Pass]] = ()
+    computing: Computing = field(default_factory=Computing)
     keeps_best: bool = False
     file_itemsize: int | None = None
     is_mapped: bool = False
@@ -101,15 +107,16 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     itemsize = d.itemsize if trained.is_full else FP32_BYTES
     weights, state = d.params * d.itemsize, numbers * itemsize
     runtime = CUDA_CONTEXT_BYTES if machine.is_cuda else runtime_bytes
-    largest = max((p for step in job.passes for p in step), key=lambda p: _live(job, p))
+    looked_at = [*job.passes, *job.worst]
+    largest = max((p for step in looked_at for p in step), key=lambda p: _live(job, p))
     activations = _live(job, largest)
-    accumulates = any(len(step) > 1 for step in job.passes)
+    accumulates = any(len(step) > 1 for step in looked_at)
     adapter = 0 if trained.is_full else state
     never_read = (
         d.untied_embeddings * d.itemsize if job.is_mapped and not (trained.is_full or machine.is_cuda) else 0
     )
     constant = weights - never_read + adapter + 2 * state + (state if job.keeps_best else 0)
-    in_backward = state + backward_bytes(d, trained, largest, recompute=job.recompute)
+    in_backward = state + backward_bytes(d, trained, largest, job.computing)
     if trained.is_full:  # the dense gradients of embedding and head, before they are added to what there is
         in_backward += 2 * d.itemsize * d.vocabulary * d.width
     moment = max(activations + (state if accumulates or not trained.is_full else 0), in_backward)
@@ -123,7 +130,7 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
         gradient_bytes=state,
         optimizer_bytes=2 * state,
         activation_bytes=activations,
-        logits_bytes=logit_bytes(d, trained, largest),
+        logits_bytes=logit_bytes(d, trained, largest, job.computing),
         runtime_bytes=runtime,
         allocator_bytes=allocator,
         peak_bytes=peak,
@@ -133,30 +140,30 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
         train_s=seconds * time_factor,
         fits=peak <= machine.memory_bytes,
         largest_pass=largest,
-        by_layer=saved_by_layer(d, trained, largest)[-1],
+        by_layer=saved_by_layer(d, trained, largest, job.computing)[-1],
     )
 
 
 def heap_holes(job: Job, p: Pass) -> int:
-    """What glibc's heap holds between tensors: an upper bound measured in runs, not derived.
+    """What the C library's heap holds between tensors: fitted to measured runs (benchmarks/bench_plan.py), not derived.
 
-    Up to 2.37 a freed block cannot serve an aligned request of its own size (BZ 14581), so blocks of one size
-    wander: 0.3 to 0.47 of what autograd keeps and of the gradients, one and a half chunks of logits, up to
-    three times a layer that is made anew, and 30 MB that kernels keep.
+    Training keeps freed memory for its next step (`train.policy`), so the heap is as long as it ever was: holes among
+    what lives long, and the working set of a layer once more, for it is rarely where it was.
     """
-    d, trained = job.decoder, job.trained
-    kept = saved_bytes(d, trained, p, recompute=job.recompute)
-    gradients = d.params * d.itemsize if trained.is_full else 0
-    layer = max(sum(x.values()) for x in saved_by_layer(d, trained, p)) if job.recompute else 0
-    chunk = chunk_bytes(d, p)
-    return int(HOLES_PER_KEPT_BYTE * (kept + gradients) + 1.5 * chunk + 3 * layer) + KERNEL_BYTES
+    d, trained, how = job.decoder, job.trained, job.computing
+    kept = saved_bytes(d, trained, p, how)
+    copies = 2 * d.itemsize if trained.is_full else 4 * FP32_BYTES
+    state = copies * trained.params(d)
+    shapes = {(p.rows, p.length) for step in (*job.passes, *job.worst) for p in step}
+    varies = len(shapes) > EVEN_SHAPES
+    holes = HOLES_PER_BYTE[varies] * kept + HOLES_PER_BYTE[False] * state
+    return int(holes) + backward_bytes(d, trained, p, how) + LATER_BYTES
 
 
 def _live(job: Job, p: Pass) -> int:
     """Activations at the worst moment of one pass."""
-    d, trained = job.decoder, job.trained
-    moment = max(logit_bytes(d, trained, p), backward_bytes(d, trained, p, recompute=job.recompute))
-    return saved_bytes(d, trained, p, recompute=job.recompute) + moment
+    given = job.decoder, job.trained, p, job.computing
+    return saved_bytes(*given) + max(logit_bytes(*given), backward_bytes(*given))
 
 
 def _loading(job: Job) -> int:
@@ -168,9 +175,7 @@ def _loading(job: Job) -> int:
 
 def _work(job: Job, machine: Machine) -> tuple[int, float]:
     """Operations and seconds of the run: the mean of the steps looked at, times all steps."""
-    works = [
-        work_of(job.decoder, job.trained, p, recompute=job.recompute) for step in job.passes for p in step
-    ]
+    works = [work_of(job.decoder, job.trained, p, job.computing) for step in job.passes for p in step]
     share = job.steps / len(job.passes)
     update = 10 * job.trained.params(job.decoder) * FP32_BYTES / machine.bytes_per_s
     return (
@@ -192,7 +197,10 @@ def require_fit(found: Estimate, machine: Machine, *, advice: str = "") -> None:
         f"for it ({machine.note}).\n  weights {gib(found.weights_bytes)}, activations "
         f"{gib(found.activation_bytes + found.allocator_bytes)}, optimizer and gradients "
         f"{gib(found.optimizer_bytes + found.gradient_bytes)}, runtime {gib(found.runtime_bytes)}.\n  "
-        + (advice or "lower batch_tokens or max_length, or set checkpoint_layers.")
+        + (
+            advice
+            or "Let --budget choose what is recomputed, lower --max-length or --rank, or take a smaller base."
+        )
     )
 
 

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lorasmith.errors import BudgetError, ConfigError
-from lorasmith.planning.activations import Pass, Trained
+from lorasmith.errors import BudgetError
+from lorasmith.planning.activations import Pass, Recompute, Trained
 from lorasmith.planning.estimate import Estimate, Job, estimate, gib
 from lorasmith.planning.machine import Machine
 
-UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
-LEAST_LENGTH = 64
+LEAST_TOKENS = 256
+COSTS: dict[Recompute, float] = {"none": 1.0, "mlp": 1.1, "layers": 1.33}
+"""Step time of each choice: the share of the products that is computed again."""
+OVERHEAD_TOKENS = 16
+"""What a pass costs besides its tokens, in tokens."""
+
+Steps = tuple[Sequence[Sequence[Pass]], Sequence[Sequence[Pass]]]
+"""Passes of steps evenly from the run, and of its worst."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,7 @@ class Fit:
     rank: int
     batch_tokens: int
     max_length: int
-    checkpoint_layers: bool
+    recompute: Recompute
     peak_bytes: int
     train_s: float
     reason: str
@@ -44,116 +38,94 @@ class Fit:
         return asdict(self)
 
 
-def parse_bytes(text: str) -> int:
-    """`8GiB`, `500 MB` or `1073741824` in bytes.
-
-    Raises:
-        ConfigError: it is no size, or not above 0.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    size = int(float(match[1]) * UNITS[match[2].lower()]) if match and match[2].lower() in UNITS else 0
-    if size < 1:
-        raise ConfigError(f"{text!r} is no amount of memory: write it as 8GiB, 500MB or a number of bytes.")
-    return size
-
-
 def fit(
     job: Job,
     machine: Machine,
+    passes_of: Callable[[int], Steps],
     *,
     runtime_bytes: int,
     rank: int,
     batch_tokens: int,
     max_length: int,
-    longest: int,
+    recomputes: Sequence[Recompute],
+    least_rank: int | None = None,
     time_factor: float = 1.0,
 ) -> Fit:
-    """The settings nearest to those asked for that fit `machine`.
+    """The fastest settings that fit `machine`, the exact ones first.
 
-    In turn: smaller passes (exact, a little slower), layers recomputed (exact, about a third slower), a
-    lower rank (capacity), shorter sequences (data is cut). Every pass is taken as full as it can be.
+    In turn: smaller passes and recomputation, which change no result (the cheapest of these first), then
+    a lower rank.
 
     Args:
-        job: `trained.ranks` names the targets; `passes` say what share of a pass carries loss.
-        longest: tokens of the longest example; longer passes than that are not needed.
+        job: its `passes` and `worst` are made anew.
+        passes_of: those two, given the most tokens of one pass; a row is never cut.
+        recomputes: what may be computed again.
+        least_rank: down to which the rank may be lowered; None keeps it.
 
     Raises:
-        BudgetError: not even the smallest settings fit; what they would need is said.
+        BudgetError: nothing fits; what the least would take is said.
     """
-    share = _supervised_share(job)
-    is_masked = any(p.is_masked for step in job.passes for p in step)
-    found: Estimate | None = None
-    asked = _Choice(rank, batch_tokens, min(max_length, longest), job.recompute)
-    for choice in _choices(asked):
-        found = _try(job, machine, choice, share, is_masked, runtime_bytes, time_factor)
-        if found.fits:
-            return Fit(
-                **asdict(choice),
-                peak_bytes=found.peak_bytes,
-                train_s=found.train_s,
-                reason=_why(asked, choice),
-            )
-    assert found is not None
-    raise BudgetError(
-        f"Nothing fits {gib(machine.memory_bytes)}: even rank 1 on {LEAST_LENGTH} tokens at a time, with layers "
-        f"recomputed, needs {gib(found.peak_bytes)} (weights alone {gib(found.weights_bytes)}). "
-        "Use a smaller base or more memory."
-    )
+    least: Estimate | None = None
+    choices = _exact_choices(job, batch_tokens, recomputes)
+    passes = {tokens: passes_of(tokens) for tokens in {tokens for _, tokens in choices}}
+    for lower in _ranks(rank, least_rank):
+        for recompute, tokens in choices:
+            trained = _at_rank(job.trained, lower)
+            computing = replace(job.computing, recompute=recompute)
+            even, worst = passes[tokens]
+            tried = replace(job, trained=trained, passes=even, worst=worst, computing=computing)
+            found = estimate(tried, machine, runtime_bytes=runtime_bytes, time_factor=time_factor)
+            if found.fits:
+                why = _why((rank, batch_tokens, "none"), (lower, tokens, recompute))
+                return Fit(lower, tokens, max_length, recompute, found.peak_bytes, found.train_s, why)
+            if least is None or found.peak_bytes < least.peak_bytes:
+                least = found
+    assert least is not None
+    raise BudgetError(_refusal(machine, least))
 
 
-@dataclass(frozen=True)
-class _Choice:
-    rank: int
-    batch_tokens: int
-    max_length: int
-    checkpoint_layers: bool
+def _exact_choices(
+    job: Job, batch_tokens: int, recomputes: Sequence[Recompute]
+) -> list[tuple[Recompute, int]]:
+    """(recompute, batch_tokens), the fastest first."""
+    sizes = [batch_tokens, *(s for k in range(1, 12) if (s := batch_tokens >> k) >= LEAST_TOKENS)]
+    useful = dict.fromkeys(replace(job.computing, recompute=name).again for name in recomputes)
+    options = [(name, size) for name in useful for size in sizes]
+    return sorted(options, key=lambda o: (COSTS[o[0]] * (1 + OVERHEAD_TOKENS / o[1]), -o[1]))
 
 
-def _choices(asked: _Choice) -> Iterator[_Choice]:
-    """From the settings asked for to the smallest that make sense, dearest sacrifice last."""
-    for length in _halved(asked.max_length, LEAST_LENGTH):
-        for rank in _halved(asked.rank, 1):
-            for recompute in sorted({asked.checkpoint_layers, True}):
-                for tokens in _halved(max(asked.batch_tokens, length), length):
-                    yield _Choice(rank, tokens, length, recompute)
+def _ranks(rank: int, least: int | None) -> Iterator[int]:
+    yield rank
+    while least is not None and rank // 2 >= least:
+        rank //= 2
+        yield rank
 
 
-def _halved(start: int, least: int) -> list[int]:
-    values = [start]
-    while values[-1] // 2 >= least:
-        values.append(values[-1] // 2)
-    return values
+def _at_rank(trained: Trained, rank: int) -> Trained:
+    if trained.ranks is None:
+        return trained
+    return Trained({path: min(r, rank) for path, r in trained.ranks.items()})
 
 
-def _try(
-    job: Job, machine: Machine, c: _Choice, share: float, is_masked: bool, runtime: int, factor: float
-) -> Estimate:
-    rows = max(1, c.batch_tokens // c.max_length)
-    largest = Pass(rows, c.max_length, max(1, int(share * rows * c.max_length)), is_masked)
-    trained = job.trained
-    if trained.ranks is not None:
-        trained = Trained({path: min(r, c.rank) for path, r in trained.ranks.items()})
-    # Two full passes a step: gradients of the first exist during the second.
-    tried = replace(job, trained=trained, passes=[[largest, largest]], recompute=c.checkpoint_layers)
-    memory = estimate(tried, machine, runtime_bytes=runtime)
-    real = replace(job, trained=trained, recompute=c.checkpoint_layers)
-    return replace(memory, train_s=estimate(real, machine, runtime_bytes=runtime, time_factor=factor).train_s)
-
-
-def _supervised_share(job: Job) -> float:
-    passes = [p for step in job.passes for p in step]
-    return max(p.supervised / p.slots for p in passes)
-
-
-def _why(asked: _Choice, choice: _Choice) -> str:
+def _why(asked: tuple[int, int, str], chosen: tuple[int, int, str]) -> str:
+    costs = {
+        "rank": "less capacity",
+        "batch_tokens": "same result, smaller passes",
+        "recompute": "same result, more arithmetic",
+    }
     changes = [
-        f"{name} {getattr(choice, name)} instead of {getattr(asked, name)} ({cost})"
-        for name, cost in (
-            ("batch_tokens", "same result, smaller passes"),
-            ("checkpoint_layers", "same result, about a third slower"),
-            ("rank", "less capacity"),
-            ("max_length", "longer prompts lose their beginning"),
-        )
-        if getattr(choice, name) != getattr(asked, name)
+        f"{name} {now} instead of {before} ({cost})"
+        for (name, cost), before, now in zip(costs.items(), asked, chosen, strict=True)
+        if now != before
     ]
     return "; ".join(changes) or "everything fits as asked"
+
+
+def _refusal(machine: Machine, least: Estimate) -> str:
+    p = least.largest_pass
+    return (
+        f"Nothing fits {gib(machine.memory_bytes)}: the least that this run takes is {gib(least.peak_bytes)}, of "
+        f"it {gib(least.weights_bytes)} for the base's weights, {gib(least.runtime_bytes)} for the process itself, "
+        f"{gib(least.activation_bytes + least.allocator_bytes)} for {p.rows} x {p.length} tokens at once.\n  "
+        "Raise the budget, shorten --max-length, lower the rank, or take a smaller base."
+    )

@@ -11,11 +11,12 @@ from lorasmith.train.loop import train
 from lorasmith.train.loss import Head, cross_entropy
 from lorasmith.train.outputs import commit, plot_loss, read_metrics, versions, write_atomically
 from lorasmith.train.parts import Parts, split_model
-from lorasmith.train.preflight import passes_of
+from lorasmith.train.preflight import RECOMPUTES, computing_of, passes_of
 from lorasmith.train.result import TrainResult
 from lorasmith.train.show import Show, peak_rss_bytes
 
 __all__ = [
+    "RECOMPUTES",
     "EvalLoss",
     "Forward",
     "Head",
@@ -26,6 +27,7 @@ __all__ = [
     "TrainResult",
     "choose_layout",
     "commit",
+    "computing_of",
     "cross_entropy",
     "default_lr",
     "evaluate_loss",

@@ -8,8 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from lorasmith.inject import eject, extract, group_shared_inputs, inject, lora_l
 from lorasmith.lora import Adapter, LoRAConfig
 from lorasmith.train.announce import announce
 from lorasmith.train.batch import Batch, Layout, choose_layout
-from lorasmith.train.budget import Use, measure_use, settle, settled_before
 from lorasmith.train.checkpoint import (
     Progress,
     checkpoint_parameters,
@@ -208,20 +206,18 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _settle(self, *, resume: bool) -> None:
-        """What is recomputed, and how much is computed at once."""
+        """What is recomputed and how much is computed at once: as an earlier start of this run settled it, since
+        memory in use differs from start to start."""
         before = self.folder / "run.json"
         if resume and self.settings.budget_bytes is not None and before.is_file():
-            self.settings, self.fit = settled_before(self.settings, json.loads(before.read_text())), None
-            return
-        (probe, *_) = rows = self.layout.batches(self.examples, self.plan[0], batch_tokens=1)
-
-        def use() -> Use:
-            kernels = self.settings.kernels
-            loss_of = partial(self.forward.loss_sum, probe)
-            return measure_use(self.model, loss_of, slots=probe.slots, kernels=kernels)
-
-        longest = max(self.sets.train.stats.longest, *(row.slots for row in rows))
-        self.settings, self.fit = settle(self.settings, use, longest=longest)
+            chosen = json.loads(before.read_text())["train"]
+            names = ("recompute", "batch_tokens")
+            self.settings = replace(self.settings, **{name: chosen[name] for name in names})
+            self.forecast = "plan: recompute {}, {:,} tokens at once, as settled before".format(
+                *(chosen[name] for name in names)
+            )
+        else:
+            self.settings, self.forecast = preflight(self)
 
     def _identity(self) -> dict[str, Any]:
         settings = self.settings.to_dict()
@@ -258,7 +254,7 @@ class Run:
             "base_fingerprint": self.base.fingerprint.to_dict(),
             "data_fingerprint": fingerprint(self.examples),
             "data": asdict(self.sets.train.stats),
-            "policy": list(self.policy.lines),
+            "policy": [self.forecast, *self.policy.lines],
             "layout": {"packing": self.layout.packing, "reason": self.layout.reason},
             "steps": self.total,
             "versions": versions(),

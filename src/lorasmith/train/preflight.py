@@ -1,93 +1,158 @@
-"""What a run will need, said before it starts; a run that cannot fit is refused."""
+"""What a run will need, said before it starts; a run that cannot fit is refused, or fitted to its budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import nn
 
-from lorasmith.data import Example, Steps
+from lorasmith.data import Example
+from lorasmith.data import Steps as DataSteps
+from lorasmith.errors import ConfigError
 from lorasmith.inject import lora_layers
 from lorasmith.planning import (
+    Computing,
+    Estimate,
+    Fit,
     Job,
+    Machine,
     Pass,
+    Recompute,
     Trained,
     decoder_of,
     estimate,
+    fit,
     gib,
     require_fit,
     resident_bytes,
     this_machine,
 )
-from lorasmith.train.batch import Layout
+from lorasmith.train.batch import Batch, Layout
 from lorasmith.train.config import TrainConfig
+from lorasmith.train.elementwise import operations
+from lorasmith.train.fast import is_block
 
-STEPS_LOOKED_AT = 48
+if TYPE_CHECKING:
+    from lorasmith.train.loop import Run
+
+STEPS_LOOKED_AT = 16
+STEPS_READ = 20_000
 FLOOR_BYTES = 200 * 2**20  # Python and torch alone
+RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "layers")
+
+Steps = list[list[Pass]]
+"""The passes of each step."""
 
 
-def preflight(
-    model: nn.Module,
-    settings: TrainConfig,
-    layout: Layout,
-    examples: Sequence[Example],
-    plan: Steps,
-    *,
-    total: int,
-    keeps_best: bool,
-) -> str:
-    """One line about the memory that the run will take, from the model as it is about to be trained.
+def preflight(run: Run) -> tuple[TrainConfig, str]:
+    """The run's settings with `recompute` and `batch_tokens` settled, and one line about its memory.
 
     Raises:
-        BudgetError: it cannot fit this machine or the container's limit.
+        BudgetError: it cannot fit its budget, this machine or the container's limit.
+        ConfigError: a budget was set, and what memory depends on is not known of this base.
     """
+    settings, budget = run.settings, run.settings.budget_bytes
+    settled = replace(settings, recompute="none" if settings.recompute == "auto" else settings.recompute)
     try:
-        decoder = decoder_of(model)
+        job = _job(run, settled)
     except AttributeError as missing:
-        return f"plan: none, for this architecture's config does not say what memory depends on ({missing})"
-    ranks = {path: layer.factors.rank for path, layer in lora_layers(model).items()}
-    job = Job(
-        decoder,
-        Trained(None if settings.method == "full" else ranks),
-        passes_of(layout, examples, plan, total=total, batch_tokens=settings.batch_tokens),
-        steps=total,
-        recompute=settings.checkpoint_layers,
-        keeps_best=keeps_best,
-    )
+        if budget is not None:
+            raise ConfigError(
+                f"A budget was set, but this base's config does not say what memory depends on ({missing}). "
+                "Leave out --budget, and choose --recompute and --batch-tokens yourself."
+            ) from missing
+        return settled, f"plan: none, for the base's config does not say what memory depends on ({missing})"
     # By now every weight was touched once, so what is resident is them and the runtime.
-    runtime = max(FLOOR_BYTES, resident_bytes() - sum(p.nbytes for p in model.parameters()))
+    runtime = max(FLOOR_BYTES, resident_bytes() - sum(p.nbytes for p in run.model.parameters()))
     machine = this_machine(None)
-    found = estimate(job, machine, runtime_bytes=runtime)
-    if next(model.parameters()).device.type == "cpu":
-        require_fit(found, machine)
+    on_cpu = next(run.model.parameters()).device.type == "cpu"
+    if budget is not None:
+        within = replace(machine, name="the budget", memory_bytes=budget, is_cuda=not on_cpu)
+        found = _fit(run, job, within, runtime)
+        settled = replace(settled, recompute=found.recompute, batch_tokens=found.batch_tokens)
+        job = _job(run, settled)
+    forecast = estimate(job, replace(machine, is_cuda=not on_cpu), runtime_bytes=runtime)
+    if on_cpu:
+        require_fit(forecast, machine)
+    return settled, _said(forecast, settled, machine if budget is None else within)
+
+
+def _job(run: Run, settings: TrainConfig) -> Job:
+    ranks = {path: layer.factors.rank for path, layer in lora_layers(run.model).items()}
+    even, worst = _passes(run, settings.batch_tokens)
+    return Job(
+        decoder_of(run.model),
+        Trained(None if settings.method == "full" else ranks),
+        even,
+        steps=run.total,
+        worst=worst,
+        computing=computing_of(run.model, settings, next(run.model.parameters()).dtype),
+        keeps_best=run.sets.evaluation is not None,
+    )
+
+
+def _passes(run: Run, batch_tokens: int) -> tuple[Steps, Steps]:
+    return passes_of(run.layout, run.examples, run.plan, total=run.total, batch_tokens=batch_tokens)
+
+
+def _fit(run: Run, job: Job, within: Machine, runtime: int) -> Fit:
+    asked, s = run.settings.recompute, run.settings
+    return fit(
+        job, within, lambda tokens: _passes(run, tokens),
+        runtime_bytes=runtime, rank=run.config.rank, batch_tokens=s.batch_tokens, max_length=s.max_length,
+        recomputes=RECOMPUTES if asked == "auto" else (asked,),
+    )  # fmt: skip
+
+
+def computing_of(model: nn.Module, settings: TrainConfig, dtype: torch.dtype) -> Computing:
+    """How `computing` will compute this model's layers, as far as their parts tell.
+
+    Args:
+        model: loaded, or on the meta device: then what a CPU would do.
+    """
+    device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    blocks = settings.kernels in ("auto", "block") and any(is_block(module) for module in model.modules())
+    return Computing(
+        is_block=blocks,
+        is_tiled=device.type == "cpu",
+        is_in_place=operations(dtype, device).name == "C",
+        recompute="none" if settings.recompute == "auto" else settings.recompute,
+    )
+
+
+def _said(found: Estimate, settings: TrainConfig, machine: Machine) -> str:
+    chosen = f"; recompute {settings.recompute}, {settings.batch_tokens:,} tokens at once"
     return (
-        f"plan: peak {gib(found.peak_bytes)} of {gib(machine.memory_bytes)}: weights {gib(found.weights_bytes)}, "
-        f"activations {gib(found.activation_bytes + found.allocator_bytes)}, gradients and optimizer "
-        f"{gib(found.gradient_bytes + found.optimizer_bytes)}; {found.flops:.2e} operations"
+        f"plan: predicted peak {gib(found.peak_bytes)} of {gib(machine.memory_bytes)}: weights "
+        f"{gib(found.weights_bytes)}, activations {gib(found.activation_bytes + found.allocator_bytes)}, gradients "
+        f"and optimizer {gib(found.gradient_bytes + found.optimizer_bytes)}; {found.flops:.2e} operations"
+        + (chosen if settings.budget_bytes is not None else "")
     )
 
 
 def passes_of(
-    layout: Layout, examples: Sequence[Example], plan: Steps, *, total: int, batch_tokens: int
-) -> list[list[Pass]]:
-    """The passes of some optimizer steps: those with the most tokens, and others evenly from the run."""
+    layout: Layout, examples: Sequence[Example], plan: DataSteps, *, total: int, batch_tokens: int
+) -> tuple[Steps, Steps]:
+    """The passes of some optimizer steps evenly from the run; and of those with most tokens or the longest row."""
     lengths = np.array([len(example) for example in examples])
-    tokens = [int(lengths[plan[k]].sum()) for k in range(min(total, 20_000))]
-    if len(tokens) <= STEPS_LOOKED_AT:
-        chosen = np.arange(len(tokens))
-    else:
-        heaviest = np.argsort(tokens, kind="stable")[-STEPS_LOOKED_AT // 2 :]
-        chosen = np.union1d(heaviest, np.linspace(0, len(tokens) - 1, STEPS_LOOKED_AT // 2, dtype=int))
-    return [
-        [
-            Pass(
-                len(batch.input_ids),
-                batch.input_ids.shape[1],
-                len(batch.targets),
-                batch.attention is not None,
-            )
-            for batch in layout.batches(examples, plan[int(k)], batch_tokens=batch_tokens)
-        ]
-        for k in chosen
-    ]
+    rows = [lengths[plan[k]] for k in range(min(total, STEPS_READ))]
+    evenly = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), STEPS_LOOKED_AT), dtype=int))
+    heaviest, longest = (
+        np.argsort([f(r) for r in rows], kind="stable")[-STEPS_LOOKED_AT // 2 :] for f in (np.sum, np.max)
+    )
+
+    def passes(steps: np.ndarray) -> Steps:
+        made = (layout.batches(examples, plan[int(k)], batch_tokens=batch_tokens) for k in steps)
+        return [[_pass_of(batch) for batch in batches] for batches in made]
+
+    return passes(evenly), passes(np.union1d(heaviest, longest))
+
+
+def _pass_of(batch: Batch) -> Pass:
+    rows, length = batch.input_ids.shape
+    return Pass(rows, length, len(batch.targets), batch.attention is not None)
