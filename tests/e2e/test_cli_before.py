@@ -156,5 +156,22 @@ def test_event_files_need_tensorboard_and_say_so(place, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     result = run("runs", place / "runs", "--tensorboard", tmp_path / "events")
     assert result.exit_code == 2
-    assert "pip install tensorboard" in result.stderr
+    assert "lorasmith[tensorboard]" in result.stderr
     assert not os.path.exists(tmp_path / "events")
+
+
+def test_train_auto_decides_and_says_why(place, tmp_path):
+    data = ("--base", place / "base", "--data", place / "data.jsonl", "--batch-size", 3, "--epochs", 2)
+    found = answer("train", *data, "--auto", "--out", tmp_path / "run")
+    decisions = {d["what"]: d for d in found["decisions"]}
+    assert set(decisions) == {"budget", "rank", "lr"}
+    assert all(d["reason"] and d["evidence"] for d in decisions.values())
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["lora"]["rank"] == decisions["rank"]["value"] == 8
+    assert record["train"]["lr"] == decisions["lr"]["value"]
+    assert record["train"]["recompute"] == "none"
+    kept = answer("train", *data, "--auto", "--rank", 3, "--lr", "0.01", "--out", tmp_path / "given")
+    assert [d["what"] for d in kept["decisions"]] == ["budget"]
+    refused = run("train", *data, "--auto", "--resume", "--out", tmp_path / "run")
+    assert refused.exit_code == 2
+    assert "--resume keeps" in refused.stderr

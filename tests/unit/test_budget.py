@@ -27,9 +27,10 @@ def base(tmp_path_factory):
 @pytest.fixture
 def small_process(monkeypatch):
     """A process that holds nothing but the base, so that numbers depend on the run alone."""
-    room = sys.modules["lorasmith.train.preflight"]
+    room, estimate = (sys.modules[f"lorasmith.{name}"] for name in ("train.preflight", "planning.estimate"))
     monkeypatch.setattr(room, "FLOOR_BYTES", 0)
     monkeypatch.setattr(room, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(estimate, "LATER_BYTES", 0)
 
 
 def trained(base, out, **settings):
@@ -42,7 +43,7 @@ def test_a_budget_is_met_by_what_changes_no_result(base, tmp_path, small_process
     seen = []
     for k in range(80):
         try:
-            chosen = trained(base, tmp_path / str(k), budget_bytes=int(100 * MIB * 0.95**k))
+            chosen = trained(base, tmp_path / str(k), budget_bytes=int(20 * MIB * 0.93**k))
         except BudgetError:
             assert not (tmp_path / str(k)).exists()
             break
@@ -91,3 +92,14 @@ def test_sizes(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ConfigError, match="8GiB"):
         parse_bytes(text)
+
+
+def test_the_heap_is_trimmed_when_passes_differ_and_it_has_grown(base, tmp_path, monkeypatch):
+    room, trims = sys.modules["lorasmith.train.loop"], []
+    monkeypatch.setattr(room, "trim_heap", lambda: trims.append(1))
+    monkeypatch.setattr(room, "resident_bytes", lambda: 2**60)
+    rows = [{"text": word * length} for length in range(5, 17, 2) for word in ("ab", "cd")]
+    for name, data in (("uneven", rows), ("even", rows[:2] * 6)):
+        config = TrainConfig(batch_size=2, packing="none", shuffle=False)
+        train(base, data, LoRAConfig(rank=2), config, out=tmp_path / name, quiet=True)
+        assert len(trims) == 6

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from lorasmith.cli.data_page import data_page
-from lorasmith.data import check
+from lorasmith.data import check, encode, read_records, refuse_systematic
+from lorasmith.errors import DataError
 from tests.support.tokenizer import ByteTokenizer
 
 THINGS = ("river", "garden", "engine", "letter", "window", "bridge", "market", "forest", "kitchen", "harbour")
@@ -183,3 +184,26 @@ def test_the_page_is_self_contained_and_escapes_what_it_shows() -> None:
     assert "http" not in page
     assert "&lt;script&gt;" in page.replace("</i><i>", "")
     assert "control-character" in page
+
+
+def test_training_refuses_what_is_wrong_through_and_through() -> None:
+    tokenizer = ByteTokenizer()
+
+    def refuse(rows: list[dict[str, Any]]) -> None:
+        found = read_records(rows)
+        refuse_systematic(found, encode(found, tokenizer, max_length=1000), tokenizer)
+
+    wrong, kind = FAULTS["turn without an end"]
+    again = [{"text": wrong["text"].replace("Tell", f"{i} tell")} for i in range(30)]
+    refuse(clean())
+    refuse([*clean(), wrong])
+    with pytest.raises(DataError, match=rf"(?s)30 of the first 50 records.*{kind}.*data check"):
+        refuse([*clean(20), *again])
+
+
+def test_a_title_in_another_language_is_no_alarm() -> None:
+    named = {
+        "prompt": 'Name who directed the episode "bro-lo el cuñado", directed by, title, no.',
+        "completion": "Him.",
+    }
+    assert check([*clean(), named], ByteTokenizer(), max_length=1000).problems == []

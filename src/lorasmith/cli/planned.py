@@ -29,7 +29,7 @@ class Planned:
 
     Attributes:
         skeleton: the base without its numbers.
-        ranks: path of each target → rank.
+        trained: what LoRA would train.
         steps: optimizer steps in all.
         runtime_bytes: what this very process holds without weights.
     """
@@ -42,7 +42,7 @@ class Planned:
     settings: TrainConfig
     dtype: torch.dtype
     decoder: Decoder
-    ranks: dict[str, int]
+    trained: Trained
     encoded: Encoded
     order: Steps
     layout: Layout
@@ -53,7 +53,6 @@ class Planned:
         """Build the skeleton, encode the data and lay out its steps."""
         from lorasmith.bases import load_skeleton, load_tokenizer, pick_dtype
         from lorasmith.data import read_records
-        from lorasmith.inject import resolve_targets
         from lorasmith.planning import decoder_of, resident_bytes
 
         chosen, skeleton, tokenizer = pick_dtype(dtype), load_skeleton(base), load_tokenizer(base)
@@ -68,7 +67,7 @@ class Planned:
             settings=settings,
             dtype=chosen,
             decoder=decoder_of(skeleton.model, itemsize=chosen.itemsize),
-            ranks={path: config.rank_of(path) for path in resolve_targets(skeleton.model, config).chosen},
+            trained=_trained(skeleton.model, config),
             encoded=encoded,
             order=order,
             layout=layout,
@@ -94,7 +93,7 @@ class Planned:
 
         even, worst = self._passes(self.settings.batch_tokens)
         return Job(
-            self.decoder, Trained(self.ranks if method == "lora" else None), even, self.steps, worst,
+            self.decoder, self.trained if method == "lora" else Trained(None), even, self.steps, worst,
             computing=computing_of(self.skeleton.model, self.settings, self.dtype),
             file_itemsize=self.skeleton.file_itemsize,
             is_mapped=self.skeleton.file_itemsize == self.decoder.itemsize,
@@ -205,6 +204,20 @@ def measured_factor(planned: Planned, machine: Machine, base: str, data: Path, *
         / max(1, planned.encoded.stats.examples / planned.settings.batch_size)
     )
     return float(rate * tokens / predicted)
+
+
+def _trained(model: Any, config: LoRAConfig) -> Trained:
+    from lorasmith.inject import resolve_targets
+    from lorasmith.planning import decoder_of
+
+    linears, modules = decoder_of(model).linears, dict(model.named_modules())
+    chosen = {path: config.rank_of(path) for path in resolve_targets(model, config).chosen}
+    other = 0
+    for path, rank in chosen.items():
+        weight = getattr(modules.get(path), "weight", None)
+        if path not in linears and weight is not None:
+            other += rank * (weight.shape[0] + weight.numel() // weight.shape[0])
+    return Trained({path: rank for path, rank in chosen.items() if path in linears}, other)
 
 
 def _laid_out(

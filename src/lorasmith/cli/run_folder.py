@@ -13,7 +13,7 @@ from lorasmith.errors import ConfigError
 from lorasmith.train import read_metrics
 
 DEPTH = 3
-NOT_COMPARED = ("versions", "commit", "base_fingerprint", "data", "layout")
+NOT_COMPARED = ("versions", "commit", "base_fingerprint", "data", "layout", "policy")
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ def _write_events(found: list[Any], out: Path) -> None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError("--tensorboard needs the package tensorboard: pip install tensorboard.") from error
+        raise ConfigError(
+            '--tensorboard needs the package tensorboard: pip install "lorasmith[tensorboard]".'
+        ) from error
     for run in found:
         writer = SummaryWriter(str(out / run.name))
         for row in run.rows:

@@ -48,6 +48,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
     ] = False,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Decide rank, learning rate and memory by measuring first.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train one adapter."""
@@ -69,11 +72,19 @@ def train(
     missing = [f"--{name}" for name in ("base", "data", "out") if places.get(name) is None]
     if missing:
         raise ConfigError(f"train: {', '.join(missing)} not given, neither as a flag nor in the run file.")
-    _run(places, lora, settings, resume=resume, as_json=as_json)
+    if auto and resume:
+        raise ConfigError("--auto decides anew, and --resume keeps what was decided: give one of them.")
+    _run(places, lora, settings, auto=auto, resume=resume, as_json=as_json)
 
 
 def _run(
-    places: dict[str, Any], lora: dict[str, Any], settings: dict[str, Any], *, resume: bool, as_json: bool
+    places: dict[str, Any],
+    lora: dict[str, Any],
+    settings: dict[str, Any],
+    *,
+    auto: bool,
+    resume: bool,
+    as_json: bool,
 ) -> None:
     from lorasmith.bases import load_base
     from lorasmith.lora import LoRAConfig
@@ -82,12 +93,20 @@ def _run(
 
     lora_config, train_config = LoRAConfig.from_dict(lora), TrainConfig.from_dict(settings)
     base = load_base(str(places["base"]), dtype=places["dtype"] or "auto")
+    decisions = None
+    if auto:
+        from lorasmith.cli.auto import decide
+
+        asked = {*lora, *settings}
+        lora_config, train_config, decisions = decide(
+            base, Path(places["data"]), lora_config, train_config, given=asked
+        )
     result = run_training(
         base, places["data"], lora_config, train_config,
         out=places["out"], eval_data=places["eval_data"], resume=resume,
     )  # fmt: skip
     if as_json:
-        print_json(result.to_dict())
+        print_json(result.to_dict() | ({"decisions": decisions} if auto else {}))
     elif not result.interrupted:
         best = f", evaluation loss {result.eval_loss:.4f}" if result.eval_loss is not None else ""
         say(f"done: training loss {result.train_loss:.4f}{best}, {result.tokens_per_s:,.0f} tokens/s")

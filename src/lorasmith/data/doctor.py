@@ -9,9 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 from lorasmith.data.duplicates import duplicates, overlap
-from lorasmith.data.encode import Example, Stats, encode
+from lorasmith.data.encode import Encoded, Example, Stats, encode
 from lorasmith.data.labels import label_counts, odd_labels
-from lorasmith.data.records import Problem, Record, read_records
+from lorasmith.data.records import Problem, Record, RecordSet, read_records
 from lorasmith.data.template import Specials, Tokenizer, render_prompt, specials_of
 from lorasmith.data.texts import odd_languages, odd_texts
 from lorasmith.errors import DataError
@@ -94,6 +94,31 @@ def check(
         lengths=[(len(e), int(e.supervised.sum())) for e in encoded.examples],
         labels=label_counts(found.records),
     )
+
+
+def refuse_systematic(found: RecordSet, encoded: Encoded, tokenizer: Tokenizer) -> None:
+    """Refuse data that is wrong through and through, judged by its first records.
+
+    Raises:
+        DataError: most of them have a doubled control token, no end of turn, or other tokens before their answer
+            than serving would start from.
+    """
+    specials, sample = specials_of(tokenizer), encoded.examples[:COMPARED_WITH_SERVING]
+    lines = {example.line for example in sample}
+    records = [record for record in found.records if record.line in lines]
+    by_kind: dict[str, dict[int, Problem]] = {}
+    for problem in (
+        *_odd_tokens(sample, tokenizer, specials),
+        *_unlike_serving(records, sample, tokenizer, specials),
+    ):
+        by_kind.setdefault(problem.kind, {}).setdefault(problem.line, problem)
+    for kind, problems in by_kind.items():
+        if 2 * len(problems) > len(lines):
+            first = next(iter(problems.values()))
+            raise DataError(
+                f"{len(problems)} of the first {len(lines)} records have the same fault ({kind}), so the run would "
+                f"learn it.\n  line {first.line}: {first.message}\n  `lorasmith data check` shows them token by token."
+            )
 
 
 def _without_repeats(problems: Iterable[Problem]) -> list[Problem]:

@@ -49,6 +49,9 @@ RARE = 0.05
 """A language in fewer records than this is more likely a mistake than a choice."""
 
 
+QUOTED = re.compile(r'"[^"\n]{1,200}"|“[^”\n]{1,200}”')
+
+
 def odd_texts(records: Sequence[Record], specials: Specials) -> Iterator[Problem]:
     """Empty turns, control tokens in the text, damaged characters, markup of another template."""
     for record in records:
@@ -123,7 +126,8 @@ def odd_languages(records: Sequence[Record]) -> Iterator[Problem]:
 
 
 def language(text: str) -> str | None:
-    """The script, or for Latin letters the language, where the text is clear about it."""
+    """The script, or for Latin letters the language, where the text is clear about it; what it quotes aside."""
+    text = QUOTED.sub(" ", text)
     letters = Counter(
         next((s for s in SCRIPTS if unicodedata.name(c, "").startswith(s)), "OTHER")
         for c in text

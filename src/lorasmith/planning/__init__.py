@@ -17,7 +17,7 @@ from lorasmith.planning.activations import (
     saved_bytes,
 )
 from lorasmith.planning.decoder import Decoder, decoder_of
-from lorasmith.planning.estimate import Estimate, Job, estimate, gib, require_fit
+from lorasmith.planning.estimate import Estimate, Job, estimate, gib, has_many_shapes, require_fit
 from lorasmith.planning.fit import Fit, fit
 from lorasmith.planning.machine import (
     DEVICES,
@@ -26,6 +26,7 @@ from lorasmith.planning.machine import (
     known_device,
     resident_bytes,
     this_machine,
+    trim_heap,
     usable_memory,
 )
 from lorasmith.planning.memory import Memory, Shapes, full_memory, hundred_tasks_bytes, lora_memory
@@ -52,6 +53,7 @@ __all__ = [
     "fit",
     "full_memory",
     "gib",
+    "has_many_shapes",
     "hundred_tasks_bytes",
     "known_device",
     "logit_bytes",
@@ -62,6 +64,7 @@ __all__ = [
     "saved_by_layer",
     "saved_bytes",
     "this_machine",
+    "trim_heap",
     "usable_memory",
     "work_of",
 ]

@@ -85,9 +85,15 @@ class Computing:
 
 @dataclass(frozen=True)
 class Trained:
-    """What has gradients: `ranks` of the LoRA targets by path, or every weight where it is None."""
+    """What has gradients.
+
+    Attributes:
+        ranks: of the LoRA targets among the decoder's linear layers, by path; None: every weight trains.
+        other_params: numbers that train elsewhere (embeddings, head, biases).
+    """
 
     ranks: Mapping[str, int] | None
+    other_params: int = 0
 
     @property
     def is_full(self) -> bool:
@@ -99,10 +105,11 @@ class Trained:
         return self.ranks is None or path in self.ranks
 
     def params(self, decoder: Decoder) -> int:
-        """How many numbers are trained: Σ rank · (in + out), or all."""
+        """How many numbers are trained: Σ rank · (in + out) and the others, or all."""
         if self.ranks is None:
             return decoder.params
-        return sum(rank * sum(decoder.linears[path]) for path, rank in self.ranks.items())
+        low_rank = sum(rank * sum(decoder.linears[path]) for path, rank in self.ranks.items())
+        return low_rank + self.other_params
 
 
 def saved_by_layer(decoder: Decoder, trained: Trained, p: Pass, how: Computing) -> list[dict[str, int]]:

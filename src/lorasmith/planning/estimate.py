@@ -25,6 +25,8 @@ HOLES_PER_BYTE = {False: 0.18, True: 0.40}
 """Free space between what a heap holds, per byte; True: passes differ in shape, so blocks seldom fit again."""
 LATER_BYTES = 90 * 10**6
 """What a run imports and keeps after its start: kernels' scratch, the progress bar, the plot at the end."""
+KERNELS_BYTES = 200 * 10**6
+"""Compiled products of many shapes, with their scratch: of passes that differ (`train.policy` keeps 64)."""
 EVEN_SHAPES = 2
 """Shapes of pass that a run of equal rows has: full ones, and the last."""
 
@@ -154,10 +156,14 @@ def heap_holes(job: Job, p: Pass) -> int:
     kept = saved_bytes(d, trained, p, how)
     copies = 2 * d.itemsize if trained.is_full else 4 * FP32_BYTES
     state = copies * trained.params(d)
-    shapes = {(p.rows, p.length) for step in (*job.passes, *job.worst) for p in step}
-    varies = len(shapes) > EVEN_SHAPES
-    holes = HOLES_PER_BYTE[varies] * kept + HOLES_PER_BYTE[False] * state
+    varies = has_many_shapes(job)
+    holes = HOLES_PER_BYTE[varies] * kept + HOLES_PER_BYTE[False] * state + varies * KERNELS_BYTES
     return int(holes) + backward_bytes(d, trained, p, how) + LATER_BYTES
+
+
+def has_many_shapes(job: Job) -> bool:
+    """Whether the passes differ in shape, as those of packed rows do."""
+    return len({(p.rows, p.length) for step in (*job.passes, *job.worst) for p in step}) > EVEN_SHAPES
 
 
 def _live(job: Job, p: Pass) -> int:

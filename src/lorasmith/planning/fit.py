@@ -104,7 +104,7 @@ def _ranks(rank: int, least: int | None) -> Iterator[int]:
 def _at_rank(trained: Trained, rank: int) -> Trained:
     if trained.ranks is None:
         return trained
-    return Trained({path: min(r, rank) for path, r in trained.ranks.items()})
+    return replace(trained, ranks={path: min(r, rank) for path, r in trained.ranks.items()})
 
 
 def _why(asked: tuple[int, int, str], chosen: tuple[int, int, str]) -> str:

@@ -174,12 +174,12 @@ def _best_time(work: Callable[[], object], seconds: float) -> float:
 
 
 def resident_bytes(*, anonymous: bool = False) -> int:
-    """Memory that this process holds now, what is free in its heap given back first.
-
-    Args:
-        anonymous: leave out what is only mapped from files.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    """Memory that this process holds now; `anonymous` leaves out what is only mapped from files."""
     info = psutil.Process(os.getpid()).memory_info()
     return int(info.rss - (getattr(info, "shared", 0) if anonymous else 0))
+
+
+def trim_heap() -> None:
+    """Give what is free in the C library's heap back to the machine; only glibc can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

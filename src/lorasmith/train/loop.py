@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lorasmith.errors import TrainingError
 from lorasmith.formats import write_adapter
 from lorasmith.inject import eject, extract, group_shared_inputs, inject, lora_layers, ungroup
 from lorasmith.lora import Adapter, LoRAConfig
+from lorasmith.planning import resident_bytes, trim_heap
 from lorasmith.train.announce import announce
 from lorasmith.train.batch import Batch, Layout, choose_layout
 from lorasmith.train.checkpoint import (
@@ -42,7 +43,7 @@ from lorasmith.train.outputs import (
     versions,
     write_atomically,
 )
-from lorasmith.train.policy import computing
+from lorasmith.train.policy import computing, limit_kept_kernels
 from lorasmith.train.preflight import preflight
 from lorasmith.train.result import TrainResult
 from lorasmith.train.sets import Sets
@@ -80,6 +81,7 @@ def train(
         OutputError: `out` holds another run, or cannot be written.
     """
     started = time.monotonic()
+    limit_kept_kernels()
     config, settings = config or LoRAConfig(), train_config or TrainConfig()
     loaded = load_base(base) if isinstance(base, str) else base
     sets = Sets.read(loaded, data, eval_data, settings)
@@ -206,18 +208,11 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _settle(self, *, resume: bool) -> None:
-        """What is recomputed and how much is computed at once: as an earlier start of this run settled it, since
-        memory in use differs from start to start."""
+        """What is recomputed and how much is computed at once; by a budget only at the run's first start."""
         before = self.folder / "run.json"
-        if resume and self.settings.budget_bytes is not None and before.is_file():
-            chosen = json.loads(before.read_text())["train"]
-            names = ("recompute", "batch_tokens")
-            self.settings = replace(self.settings, **{name: chosen[name] for name in names})
-            self.forecast = "plan: recompute {}, {:,} tokens at once, as settled before".format(
-                *(chosen[name] for name in names)
-            )
-        else:
-            self.settings, self.forecast = preflight(self)
+        was_settled = resume and self.settings.budget_bytes is not None and before.is_file()
+        chosen = json.loads(before.read_text())["train"] if was_settled else None
+        self.settings, self.forecast, self.trim_above_bytes = preflight(self, chosen)
 
     def _identity(self) -> dict[str, Any]:
         settings = self.settings.to_dict()
@@ -290,6 +285,8 @@ class Run:
             )
             show.step(p.step, loss=sum(self.losses) / len(self.losses), rate=p.tokens / p.train_s)
             self._evaluate_and_save(show, metrics)
+            if self.trim_above_bytes is not None and resident_bytes() > self.trim_above_bytes:
+                trim_heap()
             if on_step is not None:
                 on_step(p.step)
         if signals.received and p.step < self.total:

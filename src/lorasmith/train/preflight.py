@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +27,11 @@ from lorasmith.planning import (
     estimate,
     fit,
     gib,
+    has_many_shapes,
     require_fit,
     resident_bytes,
     this_machine,
+    trim_heap,
 )
 from lorasmith.train.batch import Batch, Layout
 from lorasmith.train.config import TrainConfig
@@ -42,14 +44,34 @@ if TYPE_CHECKING:
 STEPS_LOOKED_AT = 16
 STEPS_READ = 20_000
 FLOOR_BYTES = 200 * 2**20  # Python and torch alone
+TRIM_AT = 0.9
+"""Share of the predicted peak: one step of other shapes adds about a tenth."""
 RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "layers")
 
 Steps = list[list[Pass]]
 """The passes of each step."""
 
 
-def preflight(run: Run) -> tuple[TrainConfig, str]:
-    """The run's settings with `recompute` and `batch_tokens` settled, and one line about its memory.
+class Preflight(NamedTuple):
+    """What was settled before the first step.
+
+    Attributes:
+        settings: with `recompute` and `batch_tokens` filled in.
+        forecast: one line.
+        trim_above_bytes: of resident memory after a step, from which its heap is trimmed; None for never.
+    """
+
+    settings: TrainConfig
+    forecast: str
+    trim_above_bytes: int | None = None
+
+
+def preflight(run: Run, before: Mapping[str, Any] | None = None) -> Preflight:
+    """Settle what is computed again and how much at once, and predict the memory of the run.
+
+    Args:
+        before: settings of an earlier start of this run: their choice is kept, since memory in use differs
+            from start to start.
 
     Raises:
         BudgetError: it cannot fit its budget, this machine or the container's limit.
@@ -57,6 +79,8 @@ def preflight(run: Run) -> tuple[TrainConfig, str]:
     """
     settings, budget = run.settings, run.settings.budget_bytes
     settled = replace(settings, recompute="none" if settings.recompute == "auto" else settings.recompute)
+    if before is not None:
+        settled = replace(settings, **{name: before[name] for name in ("recompute", "batch_tokens")})
     try:
         job = _job(run, settled)
     except AttributeError as missing:
@@ -65,34 +89,43 @@ def preflight(run: Run) -> tuple[TrainConfig, str]:
                 f"A budget was set, but this base's config does not say what memory depends on ({missing}). "
                 "Leave out --budget, and choose --recompute and --batch-tokens yourself."
             ) from missing
-        return settled, f"plan: none, for the base's config does not say what memory depends on ({missing})"
+        return Preflight(
+            settled, f"plan: none, for the base's config does not say what memory depends on ({missing})"
+        )
     # By now every weight was touched once, so what is resident is them and the runtime.
+    trim_heap()
     runtime = max(FLOOR_BYTES, resident_bytes() - sum(p.nbytes for p in run.model.parameters()))
-    machine = this_machine(None)
     on_cpu = next(run.model.parameters()).device.type == "cpu"
-    if budget is not None:
-        within = replace(machine, name="the budget", memory_bytes=budget, is_cuda=not on_cpu)
-        found = _fit(run, job, within, runtime)
+    machine = replace(this_machine(None), is_cuda=not on_cpu)
+    limit = machine if budget is None else replace(machine, name="the budget", memory_bytes=budget)
+    if budget is not None and before is None:
+        found = _fit(run, job, limit, runtime)
         settled = replace(settled, recompute=found.recompute, batch_tokens=found.batch_tokens)
         job = _job(run, settled)
-    forecast = estimate(job, replace(machine, is_cuda=not on_cpu), runtime_bytes=runtime)
-    if on_cpu:
-        require_fit(forecast, machine)
-    return settled, _said(forecast, settled, machine if budget is None else within)
+    forecast = estimate(job, machine, runtime_bytes=runtime)
+    if not on_cpu:
+        return Preflight(settled, _said(forecast, settled, limit))
+    require_fit(forecast, machine)
+    trim_above = int(TRIM_AT * forecast.peak_bytes) if has_many_shapes(job) else None
+    return Preflight(settled, _said(forecast, settled, limit), trim_above)
 
 
 def _job(run: Run, settings: TrainConfig) -> Job:
-    ranks = {path: layer.factors.rank for path, layer in lora_layers(run.model).items()}
-    even, worst = _passes(run, settings.batch_tokens)
+    decoder, even_worst = decoder_of(run.model), _passes(run, settings.batch_tokens)
+    trained = Trained(None)
+    if settings.method == "lora":
+        layers = lora_layers(run.model)
+        ranks = {path: x.factors.rank for path, x in layers.items() if path in decoder.linears}
+        total = sum(p.numel() for p in run.parameters.values())
+        trained = Trained(ranks, total - Trained(ranks).params(decoder))
+    computing = computing_of(run.model, settings, next(run.model.parameters()).dtype)
+    if run.forward.parts is None or not run.forward.parts.head.is_frozen_linear:
+        computing = replace(computing, is_in_place=False)
+    even, worst = even_worst
     return Job(
-        decoder_of(run.model),
-        Trained(None if settings.method == "full" else ranks),
-        even,
-        steps=run.total,
-        worst=worst,
-        computing=computing_of(run.model, settings, next(run.model.parameters()).dtype),
-        keeps_best=run.sets.evaluation is not None,
-    )
+        decoder, trained, even, run.total, worst,
+        computing=computing, keeps_best=run.sets.evaluation is not None,
+    )  # fmt: skip
 
 
 def _passes(run: Run, batch_tokens: int) -> tuple[Steps, Steps]:
