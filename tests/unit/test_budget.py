@@ -1,19 +1,76 @@
-"""What fits a budget, what is measured on the probe, and how sizes are written."""
+"""A run is refused before its first step, or fitted to its budget by what changes no result."""
 
 from __future__ import annotations
 
-import pytest
-import torch
+import json
+import sys
 
+import pytest
+
+from lorasmith.bases import load_base
 from lorasmith.cli.options import parse_bytes
 from lorasmith.errors import BudgetError, ConfigError
-from lorasmith.inject import inject
 from lorasmith.lora import LoRAConfig
-from lorasmith.train.attention import causal_attention
-from lorasmith.train.budget import Use, fit, measure_use, saved_bytes
-from tests.support.models import VOCAB, tiny_causal_lm
+from lorasmith.planning import machine
+from lorasmith.train import TrainConfig, train
+from tests.support.base import write_tiny_base
 
-USE = Use(1000, {"none": 100, "mlp": 40, "layers": 10})
+ROWS = [{"prompt": "say " + word * 60, "completion": word * 60} for word in ("ab", "cd", "ef", "gh")]
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return load_base(write_tiny_base(tmp_path_factory.mktemp("base")), dtype="fp32")
+
+
+@pytest.fixture
+def small_process(monkeypatch):
+    """A process that holds nothing but the base, so that numbers depend on the run alone."""
+    room, estimate = (sys.modules[f"lorasmith.{name}"] for name in ("train.preflight", "planning.estimate"))
+    monkeypatch.setattr(room, "FLOOR_BYTES", 0)
+    monkeypatch.setattr(room, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(estimate, "LATER_BYTES", 0)
+
+
+def trained(base, out, **settings):
+    config = TrainConfig(**{"batch_size": 4, "packing": "none", "batch_tokens": 2048} | settings)
+    train(base, ROWS, LoRAConfig(rank=2), config, out=out, quiet=True)
+    return json.loads((out / "run.json").read_text())["train"]
+
+
+def test_a_budget_is_met_by_what_changes_no_result(base, tmp_path, small_process):
+    seen = []
+    for k in range(80):
+        try:
+            chosen = trained(base, tmp_path / str(k), budget_bytes=int(20 * MIB * 0.93**k))
+        except BudgetError:
+            assert not (tmp_path / str(k)).exists()
+            break
+        seen.append((chosen["recompute"], chosen["batch_tokens"]))
+    assert seen[0] == ("none", 2048)
+    assert seen[-1][0] == "layers"
+    assert len(set(seen)) >= 3
+
+
+def test_what_is_asked_for_is_kept_within_a_budget(base, tmp_path, small_process):
+    chosen = trained(base, tmp_path / "run", budget_bytes=2**40, recompute="mlp")
+    assert (chosen["recompute"], chosen["batch_tokens"]) == ("mlp", 2048)
+
+
+def test_a_run_that_cannot_fit_the_container_is_refused(base, tmp_path, monkeypatch):
+    left = (1000, "left under the cgroup limit of 1.0 GiB")
+    monkeypatch.setattr(machine, "usable_memory", lambda: left)
+    monkeypatch.setattr(machine, "resident_bytes", lambda anonymous=False: 0)
+    with pytest.raises(BudgetError, match=r"(?s)needs about .* GiB.*cgroup limit.*--budget"):
+        trained(base, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_is_printed_before_the_first_step(base, tmp_path, capsys):
+    train(base, ROWS, LoRAConfig(rank=2), TrainConfig(batch_size=4), out=tmp_path / "run")
+    said = capsys.readouterr().err
+    assert 0 < said.index("plan: predicted peak") < said.index("1/1")
 
 
 @pytest.mark.parametrize(
@@ -37,50 +94,12 @@ def test_what_is_no_size_is_refused(text):
         parse_bytes(text)
 
 
-def test_room_for_everything_keeps_everything():
-    found = fit(USE, 10**9, batch_tokens=2048, longest=300)
-    assert (found.recompute, found.batch_tokens, found.peak_bytes) == ("none", 2048, 1000 + 204800)
-
-
-def test_smaller_batches_come_before_recomputation_and_both_before_failure():
-    order = []
-    for budget in range(250_000, 0, -500):
-        try:
-            found = fit(USE, budget, batch_tokens=2048, longest=300)
-        except BudgetError as error:
-            message = str(error)
-            break
-        assert found.peak_bytes <= budget
-        if (found.recompute, found.batch_tokens) not in order:
-            order.append((found.recompute, found.batch_tokens))
-    assert order[:2] == [("none", 2048), ("none", 1024)]
-    assert order[-1] == ("layers", 300)
-    assert "the least that this run takes" in message
-
-
-def test_a_row_is_never_cut():
-    assert fit(USE, 10**9, batch_tokens=512, longest=700).batch_tokens == 700
-
-
-def test_saved_bytes_counts_each_storage_once():
-    x = torch.randn(10, requires_grad=True) * 1.0
-    with saved_bytes(torch.nn.Module()) as found:
-        x.exp() * x  # saves exp's output and x
-    assert found == [2 * 10 * 4]
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_each_choice_keeps_less_than_the_one_before(family):
-    assert causal_attention is not None
-    model = tiny_causal_lm(family)
-    inject(model, LoRAConfig(rank=2), seed=0)
-    ids = torch.randint(0, VOCAB, (2, 32))
-
-    def loss_of():
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state.sum()
-
-    use = measure_use(model, loss_of, slots=64, kernels="auto")
-    sizes = list(use.per_token_bytes.values())
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == len(sizes)
-    assert ("mlp" in use.per_token_bytes) == (family == "llama")
+def test_the_heap_is_trimmed_when_passes_differ_and_it_has_grown(base, tmp_path, monkeypatch):
+    room, trims = sys.modules["lorasmith.train.loop"], []
+    monkeypatch.setattr(room, "trim_heap", lambda: trims.append(1))
+    monkeypatch.setattr(room, "resident_bytes", lambda: 2**60)
+    rows = [{"text": word * length} for length in range(5, 17, 2) for word in ("ab", "cd")]
+    for name, data in (("uneven", rows), ("even", rows[:2] * 6)):
+        config = TrainConfig(batch_size=2, packing="none", shuffle=False)
+        train(base, data, LoRAConfig(rank=2), config, out=tmp_path / name, quiet=True)
+        assert len(trims) == 6

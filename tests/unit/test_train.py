@@ -23,8 +23,8 @@ from lorasmith.errors import ConfigError, OutputError, TrainingError
 from lorasmith.formats import read_adapter
 from lorasmith.inject import inject, lora_layers
 from lorasmith.lora import LoRAConfig
+from lorasmith.planning import Fit
 from lorasmith.train import TrainConfig, default_lr, evaluate_loss, read_metrics, train
-from lorasmith.train.budget import Use
 from lorasmith.train.checkpoint import (
     Progress,
     checkpoint_parameters,
@@ -461,7 +461,7 @@ def test_full_fine_tuning_resumes_to_the_same_bits(tmp_path):
 
 
 def test_a_resumed_run_keeps_what_its_budget_settled(tmp_path, monkeypatch):
-    room = sys.modules["lorasmith.train.loop"]
+    room = sys.modules["lorasmith.train.preflight"]
     settings = changed(budget_bytes=2**40, batch_tokens=512)
 
     def fail(step: int) -> None:
@@ -469,14 +469,14 @@ def test_a_resumed_run_keeps_what_its_budget_settled(tmp_path, monkeypatch):
             raise ZeroDivisionError
 
     # The same process holds more or less memory at another time; then another choice would fit.
-    small = Use(0, {"none": 2**32, "mlp": 2**32, "layers": 1})
-    monkeypatch.setattr(room, "measure_use", lambda *_, **__: small)
+    small = Fit(2, 256, 1024, "mlp", 1, 1.0, "a test")
+    monkeypatch.setattr(room, "_fit", lambda *_: small)
     run(tmp_path / "whole", settings=settings)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "run", settings=settings, on_step=fail)
     chosen = json.loads((tmp_path / "run" / "run.json").read_text())["train"]
-    assert (chosen["recompute"], chosen["batch_tokens"]) == ("none", 256)
-    monkeypatch.setattr(room, "measure_use", lambda *_, **__: pytest.fail("measured again"))
+    assert (chosen["recompute"], chosen["batch_tokens"]) == ("mlp", 256)
+    monkeypatch.setattr(room, "_fit", lambda *_: pytest.fail("settled again"))
     assert run(tmp_path / "run", settings=settings, resume=True).resumed_from_step == 6
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 

@@ -19,6 +19,7 @@ from lorasmith.bases.load import (
     require_base,
     write_base,
 )
+from lorasmith.bases.skeleton import Skeleton, load_skeleton
 
 __all__ = [
     "BUILTINS",
@@ -26,6 +27,7 @@ __all__ = [
     "Base",
     "Builtin",
     "Fingerprint",
+    "Skeleton",
     "TensorHeader",
     "attention",
     "attention_inputs",
@@ -35,6 +37,7 @@ __all__ = [
     "fingerprint_directory",
     "home",
     "load_base",
+    "load_skeleton",
     "load_tokenizer",
     "match_base",
     "pick_dtype",

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from lorasmith.cli import (
+    advise,
     bench,
     check,
     combine,
@@ -20,7 +21,9 @@ from lorasmith.cli import (
     generate,
     inspect_adapter,
     merge,
+    plan,
     quickstart,
+    runs,
     serve,
     store,
     sweep,
@@ -51,12 +54,15 @@ app = typer.Typer(
     help="LoRA adapters: train, check, move and serve them on one frozen base.",
 )
 app.command("quickstart")(quickstart.quickstart)
+app.command("plan")(plan.plan)
+app.command("advise")(advise.advise)
 app.command("train")(train.train)
 app.command("sweep")(sweep.sweep)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("check")(check.check)
 app.command("merge")(merge.merge)
+app.command("runs")(runs.runs)
 app.command("bench")(bench.bench)
 app.command("inspect")(inspect_adapter.inspect)
 app.command("compress")(compress.compress)

@@ -72,33 +72,44 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
     ] = False,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Decide rank, learning rate and memory by measuring first.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train one adapter."""
     flags = dict(locals())
-    run = _read_run_file(config) if config else {}
-    lora = run.get("lora", {}) | _given(flags, "rank", "alpha", "dropout", "bias", "rslora")
+    run = read_run_file(config) if config else {}
+    lora = run.get("lora", {}) | given(flags, "rank", "alpha", "dropout", "bias", "rslora")
     for name in ("targets", "exclude"):
         if flags[name] is not None:
             lora[name] = parse_targets(flags[name])
-    settings = run.get("train", {}) | _given(
+    settings = run.get("train", {}) | given(
         flags, "method", "lr", "epochs", "max_steps", "batch_size", "batch_tokens", "max_length", "packing",
         "kernels", "recompute", "eval_every", "save_every", "seed",
     )  # fmt: skip
     settings = with_method_options(settings, flags)
     if budget is not None:
         settings["budget_bytes"] = parse_bytes(budget)
-    places = {k: run.get(k) for k in TOP_LEVEL[:5]} | _given(
+    places = {k: run.get(k) for k in TOP_LEVEL[:5]} | given(
         flags, "base", "data", "eval_data", "out", "dtype"
     )
     missing = [f"--{name}" for name in ("base", "data", "out") if places.get(name) is None]
     if missing:
         raise ConfigError(f"train: {', '.join(missing)} not given, neither as a flag nor in the run file.")
-    _run(places, lora, settings, resume=resume, as_json=as_json)
+    if auto and resume:
+        raise ConfigError("--auto decides anew, and --resume keeps what was decided: give one of them.")
+    _run(places, lora, settings, auto=auto, resume=resume, as_json=as_json)
 
 
 def _run(
-    places: dict[str, Any], lora: dict[str, Any], settings: dict[str, Any], *, resume: bool, as_json: bool
+    places: dict[str, Any],
+    lora: dict[str, Any],
+    settings: dict[str, Any],
+    *,
+    auto: bool,
+    resume: bool,
+    as_json: bool,
 ) -> None:
     from lorasmith.bases import load_base
     from lorasmith.lora import LoRAConfig
@@ -107,12 +118,20 @@ def _run(
 
     lora_config, train_config = LoRAConfig.from_dict(lora), TrainConfig.from_dict(settings)
     base = load_base(str(places["base"]), dtype=places["dtype"] or "auto")
+    decisions = None
+    if auto:
+        from lorasmith.cli.auto import decide
+
+        asked = {*lora, *settings}
+        lora_config, train_config, decisions = decide(
+            base, Path(places["data"]), lora_config, train_config, given=asked
+        )
     result = run_training(
         base, places["data"], lora_config, train_config,
         out=places["out"], eval_data=places["eval_data"], resume=resume,
     )  # fmt: skip
     if as_json:
-        print_json(result.to_dict())
+        print_json(result.to_dict() | ({"decisions": decisions} if auto else {}))
     elif not result.interrupted:
         best = f", evaluation loss {result.eval_loss:.4f}" if result.eval_loss is not None else ""
         say(f"done: training loss {result.train_loss:.4f}{best}, {result.tokens_per_s:,.0f} tokens/s")
@@ -128,11 +147,13 @@ def parse_targets(text: str) -> str | list[str]:
     return text[3:] if text.startswith("re:") else [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _given(flags: dict[str, Any], *names: str) -> dict[str, Any]:
+def given(flags: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The flags of these names that were set."""
     return {name: flags[name] for name in names if flags[name] is not None}
 
 
-def _read_run_file(path: Path) -> dict[str, Any]:
+def read_run_file(path: Path) -> dict[str, Any]:
+    """A TOML run file with known keys only."""
     try:
         run = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

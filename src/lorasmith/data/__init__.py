@@ -6,7 +6,7 @@ May import: errors
 from __future__ import annotations
 
 from lorasmith.data.batches import Steps, fingerprint, steps
-from lorasmith.data.doctor import Report, check
+from lorasmith.data.doctor import Report, View, check, refuse_systematic
 from lorasmith.data.encode import Encoded, Example, Stats, encode
 from lorasmith.data.packing import Row, pack, shared_length
 from lorasmith.data.records import Message, Problem, Record, RecordSet, read_records, references
@@ -25,12 +25,14 @@ __all__ = [
     "Stats",
     "Steps",
     "Tokenizer",
+    "View",
     "check",
     "encode",
     "fingerprint",
     "pack",
     "read_records",
     "references",
+    "refuse_systematic",
     "render_prompt",
     "sample_path",
     "shared_length",

@@ -31,7 +31,8 @@ class Problem:
     `is_dropped` says whether the record is left out because of it, or is used all the same.
     Kinds found while reading: encoding, json, csv, type, columns, role, empty-turn, no-assistant-turn;
     while encoding: template, end-of-turn, length, truncated, no-loss;
-    by the doctor: duplicate, special-token, doubled-token, empty-turn, end-of-turn.
+    by the doctor: duplicate, near-duplicate, overlap, empty-turn, special-token, encoding, control-character,
+    invisible-character, mojibake, template-mismatch, language, imbalance, conflict, doubled-token, end-of-turn.
     """
 
     line: int

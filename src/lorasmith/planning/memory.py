@@ -41,10 +41,14 @@ class Memory:
         return asdict(self)
 
 
-def lora_memory(shapes: Shapes, config: LoRAConfig) -> Memory:
-    """LoRA: Σ rank · (in + out) parameters train, in float32; the base needs no gradient."""
+def lora_memory(shapes: Shapes, config: LoRAConfig, *, master_bytes: int = FP32_BYTES) -> Memory:
+    """LoRA: Σ rank · (in + out) parameters train; the base needs no gradient and no moments.
+
+    Args:
+        master_bytes: of a trained number; lorasmith's factors are float32 (the paper's were 2 bytes).
+    """
     trained = sum(config.rank_of(p) * (rows + cols) for p, (rows, cols) in shapes.linears.items())
-    size = trained * FP32_BYTES
+    size = trained * master_bytes
     return Memory(trained, shapes.params * shapes.itemsize, size, size, 2 * size, size)
 
 
@@ -52,3 +56,10 @@ def full_memory(shapes: Shapes) -> Memory:
     """Full fine-tuning: every weight has a gradient and two moments of its own."""
     size = shapes.params * shapes.itemsize
     return Memory(shapes.params, size, 0, size, 2 * size, size)
+
+
+def hundred_tasks_bytes(shapes: Shapes, memory: Memory, *, tasks: int = 100) -> int:
+    """Disk for many tasks: one base and an adapter each, or a whole model each where all weights train."""
+    if memory.adapter_bytes:
+        return shapes.params * shapes.itemsize + tasks * memory.checkpoint_bytes
+    return tasks * memory.checkpoint_bytes

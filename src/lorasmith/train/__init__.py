@@ -3,7 +3,7 @@
 May import: baselines, inject, lora, formats, data, bases, planning, native, errors.
 """
 
-from lorasmith.train.batch import collate
+from lorasmith.train.batch import Layout, choose_layout, collate
 from lorasmith.train.checkpoint import Progress
 from lorasmith.train.config import TrainConfig, default_lr
 from lorasmith.train.evaluate import EvalLoss, evaluate_loss
@@ -13,15 +13,18 @@ from lorasmith.train.loss import Head, cross_entropy
 from lorasmith.train.outputs import Metrics, commit, plot_loss, read_metrics, versions, write_atomically
 from lorasmith.train.parts import Parts, split_model
 from lorasmith.train.policy import computing
+from lorasmith.train.preflight import RECOMPUTES, computing_of, passes_of
 from lorasmith.train.result import TrainResult
 from lorasmith.train.sets import Sets
 from lorasmith.train.show import Show, peak_rss_bytes
 from lorasmith.train.signals import Signals
 
 __all__ = [
+    "RECOMPUTES",
     "EvalLoss",
     "Forward",
     "Head",
+    "Layout",
     "Metrics",
     "Parts",
     "Progress",
@@ -31,12 +34,15 @@ __all__ = [
     "Signals",
     "TrainConfig",
     "TrainResult",
+    "choose_layout",
     "collate",
     "commit",
     "computing",
+    "computing_of",
     "cross_entropy",
     "default_lr",
     "evaluate_loss",
+    "passes_of",
     "peak_rss_bytes",
     "plot_loss",
     "read_metrics",

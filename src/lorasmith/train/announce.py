@@ -35,14 +35,7 @@ def _of_computing(run: Run) -> Iterator[str]:
     yield f"packing: {run.layout.packing} ({run.layout.reason})"
     yield f"dtype: {run.base.dtype_reason}"
     yield from run.policy.lines
-    if run.fit is not None:
-        yield (
-            f"budget: recompute {run.fit.recompute}, {run.fit.batch_tokens:,} tokens at once; "
-            f"predicted peak {run.fit.peak_bytes / 2**30:.2f} GiB"
-        )
-    elif run.settings.budget_bytes is not None:
-        settings = run.settings
-        yield f"budget: recompute {settings.recompute}, {settings.batch_tokens:,} tokens at once, as settled before"
+    yield run.forecast
 
 
 def _of_settings(run: Run) -> Iterator[str]:

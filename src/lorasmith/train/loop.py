@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from lorasmith.data import Example, Steps, fingerprint, steps
 from lorasmith.errors import TrainingError
 from lorasmith.inject import lora_layers
 from lorasmith.lora import Adapter, LoRAConfig
+from lorasmith.planning import resident_bytes, trim_heap
 from lorasmith.train.announce import announce
 from lorasmith.train.batch import Batch, Layout, choose_layout
-from lorasmith.train.budget import Use, measure_use, settle, settled_before
 from lorasmith.train.checkpoint import (
     Progress,
     checkpoint_parameters,
@@ -44,7 +43,8 @@ from lorasmith.train.outputs import (
     versions,
     write_atomically,
 )
-from lorasmith.train.policy import computing
+from lorasmith.train.policy import computing, limit_kept_kernels
+from lorasmith.train.preflight import preflight
 from lorasmith.train.result import TrainResult
 from lorasmith.train.sets import Sets
 from lorasmith.train.show import Show, peak_rss_bytes
@@ -81,6 +81,7 @@ def train(
         OutputError: `out` holds another run, or cannot be written.
     """
     started = time.monotonic()
+    limit_kept_kernels()
     config, settings = config or LoRAConfig(), train_config or TrainConfig()
     loaded = load_base(base) if isinstance(base, str) else base
     sets = Sets.read(loaded, data, eval_data, settings)
@@ -202,20 +203,11 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _settle(self, *, resume: bool) -> None:
-        """What is recomputed, and how much is computed at once."""
+        """What is recomputed and how much is computed at once; by a budget only at the run's first start."""
         before = self.folder / "run.json"
-        if resume and self.settings.budget_bytes is not None and before.is_file():
-            self.settings, self.fit = settled_before(self.settings, json.loads(before.read_text())), None
-            return
-        (probe, *_) = rows = self.layout.batches(self.examples, self.plan[0], batch_tokens=1)
-
-        def use() -> Use:
-            kernels = self.settings.kernels
-            loss_of = partial(self.forward.loss_sum, probe)
-            return measure_use(self.model, loss_of, slots=probe.slots, kernels=kernels)
-
-        longest = max(self.sets.train.stats.longest, *(row.slots for row in rows))
-        self.settings, self.fit = settle(self.settings, use, longest=longest)
+        was_settled = resume and self.settings.budget_bytes is not None and before.is_file()
+        chosen = json.loads(before.read_text())["train"] if was_settled else None
+        self.settings, self.forecast, self.trim_above_bytes = preflight(self, chosen)
 
     def _identity(self) -> dict[str, Any]:
         settings = self.settings.to_dict()
@@ -255,7 +247,7 @@ class Run:
             "base_fingerprint": self.base.fingerprint.to_dict(),
             "data_fingerprint": fingerprint(self.examples),
             "data": asdict(self.sets.train.stats),
-            "policy": list(self.policy.lines),
+            "policy": [self.forecast, *self.policy.lines],
             "layout": {"packing": self.layout.packing, "reason": self.layout.reason},
             "steps": self.total,
             "versions": versions(),
@@ -277,6 +269,8 @@ class Run:
             self._record(metrics, indices, loss, norm, lr, time.monotonic() - started)
             show.step(p.step, loss=sum(self.losses) / len(self.losses), rate=p.tokens / p.train_s)
             self._evaluate_and_save(show, metrics)
+            if self.trim_above_bytes is not None and resident_bytes() > self.trim_above_bytes:
+                trim_heap()
             if on_step is not None:
                 on_step(p.step)
         if signals.received and p.step < self.total:

@@ -30,6 +30,7 @@ from lorasmith.train.fast import fast_layers
 LONG_RUN_FLOPS = 2e14
 """Where compiling (some 25 s) is small beside the run: about ten minutes at 300 GFLOP/s."""
 COMPILE_LIMIT_S = 180
+KERNELS_KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,15 @@ def _limited(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def limit_kept_kernels() -> None:
+    """Let oneDNN keep `KERNELS_KEPT` compiled products instead of 1,024; it reads this once, at its first one.
+
+    Each shape of a product is compiled and kept with its scratch. Packed rows differ from step to step, and
+    memory then grew by 30-80 MB a step up to a gigabyte (measured: dev/LOG.md).
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
 
 
 def _retain_freed_memory() -> Callable[[], Any]:
