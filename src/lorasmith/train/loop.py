@@ -338,8 +338,7 @@ class Run:
         return evaluate_loss(self.forward, self.sets.evaluation.examples, layout=self.layout).loss
 
     def _evaluate_and_save(self, show: Show, metrics: Metrics) -> None:
-        p = self.progress
-        is_best = False
+        p, is_best = self.progress, False
         if self.sets.evaluation is not None and (p.step % self.eval_every == 0 or p.step == self.total):
             is_best = self._judge(loss := self._evaluate(), metrics)
             show.say(f"step {p.step}: evaluation loss {loss:.4f}")
@@ -363,10 +362,9 @@ class Run:
         plot_loss(self.folder / "metrics.jsonl", self.folder / "loss.png")
         if interrupted:
             return None
-        if self.best is not None:
-            with torch.no_grad():
-                for name, value in self.best.items():
-                    self.parameters[name].copy_(value)
+        with torch.no_grad():
+            for name, value in (self.best or {}).items():
+                self.parameters[name].copy_(value)
         return self._write_result()
 
     def _write_result(self) -> Adapter | None:
