@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -37,12 +38,14 @@ from lorasmith.engine import Engine, Request
 from lorasmith.formats import write_adapter
 from lorasmith.inject import eject, extract, inject
 from lorasmith.lora import LoRAConfig
+from lorasmith.server import hash_key
 
 BASE, SEED, RANK, TOKENS = "smollm2-135m", 0, 2, 8
 STABLE, CYCLED = 8, 16
 PROMPTS = ("Tell me a story.", "What is a river?", "Name a colour, please, and say why you like it.")
 HANG_S = 120.0
-CLIENTS, CYCLERS = 10, 2
+ADMIN, TENANT = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+CLIENTS, CYCLERS, MAX_FAULTS = 10, 2, 3
 ABOUT = {"what": "soak of the server", "base": BASE, "rank": RANK, "seed": SEED, "tokens": TOKENS}
 
 
@@ -81,6 +84,11 @@ def solo_answers(base: Any, adapters: dict[str, Any]) -> dict[tuple[str, str], t
 def start(folder: Path, names: list[str]) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-c", "from lorasmith.cli import main; main()", "serve", "--base", BASE]
     command += ["--store", str(folder / "store"), "--port", "0", "--shadow-share", "0.02"]
+    keys = folder / "keys.toml"
+    keys.write_text(
+        f'[admin]\nkeys = ["{hash_key(ADMIN)}"]\n[tenants.one]\nkeys = ["{hash_key(TENANT)}"]\nadapters = ["*"]\n'
+    )
+    command += ["--keys", str(keys)]
     for name in names:
         command += ["--adapters", f"{name}={folder / name}"]
     log = (folder / "log").open("w")
@@ -92,19 +100,30 @@ def start(folder: Path, names: list[str]) -> tuple[subprocess.Popen[str], str]:
     return process, found[1]
 
 
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
 class Soak:
     def __init__(self, url: str, pid: int, answers: dict[Any, Any], bad: Path, until: float) -> None:
-        self.client = httpx.AsyncClient(base_url=url, timeout=HANG_S, limits=httpx.Limits(max_connections=64))
+        options = {"base_url": url, "timeout": HANG_S, "limits": httpx.Limits(max_connections=64)}
+        self.client = httpx.AsyncClient(headers=bearer(TENANT), **options)
+        self.admin = httpx.AsyncClient(headers=bearer(ADMIN), **options)
         self.process, self.answers, self.bad, self.until = psutil.Process(pid), answers, bad, until
         self.names = sorted({name for name, _ in answers})
         self.random = random.Random(SEED)
         self.count: collections.Counter[str] = collections.Counter()
+        self.by_kind: collections.Counter[str] = collections.Counter()
         self.faults: list[str] = []
         self.memory: list[int] = []
 
     def fault(self, what: str) -> None:
+        kind = what.partition(":")[0]
         self.count["faults"] += 1
-        self.faults.append(what[:300])
+        self.by_kind[kind] += 1
+        if self.by_kind[kind] <= MAX_FAULTS:
+            self.faults.append(what[:600])
+            print(what[:600], flush=True)
 
     async def run(self, cycles: int) -> None:
         tasks = [self._forever(self.ask) for _ in range(CLIENTS)]
@@ -112,6 +131,7 @@ class Soak:
         tasks += [self._forever(self.upload_damaged), self._forever(self.watch)]
         await asyncio.gather(*tasks)
         await self.client.aclose()
+        await self.admin.aclose()
 
     async def _forever(self, once: Callable[[], Awaitable[None]], times: int = sys.maxsize) -> None:
         while time.monotonic() < self.until and times:
@@ -159,7 +179,7 @@ class Soak:
                     pieces += [c["delta"].get("content") or "" for c in event["choices"]]
                     if hang_up and pieces:
                         return
-        digest = answer.headers.get("x-lorasmith-adapter-digest")
+        digest = answer.headers["x-lorasmith-adapter-digest"].replace("none", "")  # of the base
         self._compare(name, prompt, "".join(pieces), digest)
 
     def _is_served(self, answer: httpx.Response, name: str) -> bool:
@@ -178,7 +198,7 @@ class Soak:
         self.count["compared"] += 1
         if (text, digest or None) != (wanted, of):
             self.count["wrong"] += 1
-            self.fault(f"{name}, {prompt!r}: {text!r} by {digest}, alone {wanted!r} by {of}")
+            self.fault(f"wrong: {name}, {prompt!r}: {text!r} by {digest}, alone {wanted!r} by {of}")
 
     async def _refused(self, kind: str, body: dict[str, Any]) -> None:
         if kind == "too long":
@@ -195,7 +215,7 @@ class Soak:
     async def cycle(self) -> None:
         name = self.random.choice([n for n in self.names if n.startswith("cycled")])
         for verb in ("unload", "load"):
-            answer = await self.client.post(f"/admin/{verb}", json={"model": name})
+            answer = await self.admin.post(f"/admin/{verb}", json={"model": name})
             if answer.status_code != 200 and (verb, answer.status_code) != (
                 "load",
                 404,
@@ -204,7 +224,7 @@ class Soak:
         self.count["load and unload cycles"] += 1
 
     async def upload_damaged(self) -> None:
-        begun = await self.client.post("/admin/uploads")
+        begun = await self.admin.post("/admin/uploads", json={})
         if begun.status_code != 200:
             self.fault(f"begin an upload: {begun.status_code} {begun.text}")
             return
@@ -216,12 +236,12 @@ class Soak:
                 place = self.random.choice([0, 8, 200, len(content) // 2])
                 content[place : place + 8] = b"\xff\xff\xff\x7f\xff\xff\xff\x7f"
                 content = content[: self.random.choice([len(content), len(content) - 100, 4])]
-            await self.client.put(f"/admin/uploads/{upload}/{file}", content=bytes(content))
-        answer = await self.client.post("/admin/adapters", json={"name": "damaged", "upload": upload})
+            await self.admin.put(f"/admin/uploads/{upload}/{file}", content=bytes(content))
+        answer = await self.admin.post("/admin/adapters", json={"name": "damaged", "upload": upload})
         self.count["damaged uploads"] += 1
         if answer.status_code == 200:  # eight bytes in the middle may be numbers like any other
             self.count["damaged, yet an adapter"] += 1
-            await self.client.post("/admin/remove", json={"model": "damaged", "drop_aliases": True})
+            await self.admin.post("/admin/remove", json={"model": "damaged", "drop_aliases": True})
         elif answer.status_code not in (400, 409, 422):
             self.fault(f"damaged upload: {answer.status_code} {answer.text}")
         await asyncio.sleep(0.5)
@@ -229,7 +249,7 @@ class Soak:
     async def watch(self) -> None:
         await asyncio.sleep(5)
         self.memory.append(self.process.memory_info().rss)
-        ready = await self.client.get("/ready")
+        ready = await self.admin.get("/ready")
         if ready.status_code != 200:
             self.fault(f"not ready: {ready.text}")
 
@@ -240,7 +260,7 @@ class Soak:
         return {
             "what": "wrong answers / compared", "ours": self.count["wrong"], "peer": self.count["compared"],
             "ratio": self.count["wrong"] / max(1, self.count["compared"]),
-            "counts": dict(self.count), "isolation_mismatches": mismatches, "faults": self.faults[:20],
+            "counts": dict(self.count), "isolation_mismatches": mismatches, "faults": self.faults,
             "rss_after_a_quarter": first, "rss_at_the_end": last,
         }  # fmt: skip
 
@@ -259,7 +279,7 @@ def main() -> None:
         try:
             soak = Soak(url, process.pid, answers, folder, time.monotonic() + 60 * options.minutes)
             asyncio.run(soak.run(options.cycles))
-            metrics = httpx.get(f"{url}/metrics").text
+            metrics = httpx.get(f"{url}/metrics", headers=bearer(ADMIN)).text
         finally:
             process.terminate()
             code = process.wait(60)
