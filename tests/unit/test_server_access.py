@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import socket
 
 import pytest
 
 from lorasmith import errors
 from lorasmith.errors import AccessError, ConfigError, OverloadedError
-from lorasmith.server import STATUS, check_exposure, hash_key, new_key, read_keys
+from lorasmith.server import STATUS, check_address, check_exposure, hash_key, new_key, read_keys
 from lorasmith.server.fairness import FairQueue
 from lorasmith.server.keys import Keys, Tenant
 from lorasmith.server.limits import Bucket, Quotas
@@ -366,3 +367,12 @@ def test_a_request_for_more_rows_than_there_are_runs_alone():
         return queue.running_rows
 
     assert asyncio.run(run()) == 0
+
+
+def test_an_address_in_use_is_told_before_anything_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(errors.OutputError, match="Choose another --port"):
+            check_address("127.0.0.1", taken.getsockname()[1])
+    check_address("127.0.0.1", 0)
