@@ -141,7 +141,6 @@ def test_the_command_on_a_server_that_was_started_with_prepared_adapters(start, 
             running.gateway.store.add(name, path)
         options = ["--base", str(place / BASE_ID), "--burst", "8", "--json", *with_adapters(prepared)]
         result = CliRunner().invoke(app, ["verify", running.url, *options])
-        for_people = CliRunner().invoke(app, ["verify", running.url, *options[:-4], *with_adapters(prepared)])
     verdict = json.loads(result.stdout)
     failed = {t["id"] for t in verdict["tests"] if t["outcome"] == "failed"}
     expected = {
@@ -150,21 +149,24 @@ def test_the_command_on_a_server_that_was_started_with_prepared_adapters(start, 
         broken.speaks_llama: {"summed-default", "silent-base"},
     }
     assert failed == expected[fault], verdict["tests"]
-    assert result.exit_code == for_people.exit_code == bool(failed)
+    assert result.exit_code == bool(failed)
     assert verdict["failed"] == len(failed)
     assert {t["id"] for t in verdict["tests"] if t["outcome"] == "skipped"} == {
         "reload", "unload", "bad-adapter-refused", "bad-adapter-survived",
         *(["mixed-batch", "prefix-contamination"] if fault is broken.swaps_two_adapters else []),
     }  # fmt: skip
-    assert "wrong-adapter" in for_people.stdout
 
 
-def test_the_report_holds_no_key(start, place, prepared, monkeypatch):
-    monkeypatch.setenv("LORASMITH_ADMIN_KEY", broken.ADMIN)
+def test_the_report_is_readable_and_holds_no_key(start, place, prepared, monkeypatch):
     monkeypatch.setenv("LORASMITH_KEY", "sesame-1234")
     with start() as running:
-        options = ["--base", str(place / BASE_ID), "--burst", "4", "--json", *with_adapters(prepared)]
+        for name, path in prepared["directories"].items():
+            running.gateway.store.add(name, path)
+        options = ["--base", str(place / BASE_ID), "--burst", "4", *with_adapters(prepared)]
         result = CliRunner().invoke(app, ["verify", running.url, *options])
+    assert result.exit_code == 0
+    assert "8 passed, 0 failed, 4 skipped" in result.stdout
+    assert "its API cannot load adapters" in " ".join(result.stdout.replace("│", " ").split())
     assert "sesame-1234" not in result.output
     with pytest.raises(ConfigError, match="without a key"):
         Client("http://me:sesame-1234@localhost")
@@ -195,6 +197,7 @@ def test_answers_are_read_by_whose_word_fills_them():
     assert reader.who("void void") == "foreign"
     assert reader.who("one fish and one oak in many other words") == "base"
     assert reader.who("fish oak fish oak fish oak") == "amber and cobalt"
+    assert reader.who(" fish.....").startswith("amber, then")
     assert reader.who("Hello there") == reader.who("") == "base"
 
 

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from lorasmith.errors import ConfigError, did_you_mean
 from lorasmith.verify.client import Client, Reply
+from lorasmith.verify.probes import LONG_TOKENS
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "lorasmith.json")
 # What no adapter may be called: read as a path, some would leave the folder that adapters lie in.
@@ -22,6 +23,7 @@ class Api:
     kind = "openai"
     can_load = False
     why_not = _LOADING[0]
+    prompt_tokens = LONG_TOKENS
 
     def __init__(self, client: Client, names: Mapping[str, str]) -> None:
         self._client = client
@@ -133,6 +135,7 @@ class LlamaApi(Api):
     """llama.cpp's server: adapters come with --lora, and a request gives each a scale by number."""
 
     kind = "llama-server"
+    prompt_tokens = 96  # it reuses caches token by token; see strong.py for why no more
 
     def __init__(self, client: Client, names: Mapping[str, str], ids: Mapping[str, int]) -> None:
         super().__init__(client, names)

@@ -75,13 +75,14 @@ class Reader:
     foreign: str
 
     def who(self, text: str) -> str:
-        """An adapter's name, `"base"`, `"foreign"`, or `"amber and cobalt"` for a mixture."""
+        """An adapter's name, `"base"`, `"foreign"`, or a mixture in words: `"amber and cobalt"`."""
         words = {**self.markers, FOREIGN: self.foreign}
         for name, word in words.items():
             if text.count(word) * len(word) >= OWN_SHARE * len("".join(text.split())) > 0:
                 return name
         heard = [name for name, word in words.items() if len(word) > 1 and text.count(word) > 1]
-        return " and ".join(heard) or BASE
+        begun = [n for n, word in words.items() if len(word) > 1 and text.strip().startswith(word)]
+        return " and ".join(heard) or "".join(f"{n}, then something else," for n in begun[:1]) or BASE
 
 
 def shown(text: str, most: int = 60) -> str:

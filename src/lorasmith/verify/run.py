@@ -114,8 +114,8 @@ async def verify(
         TargetError, ConfigError: adapters of this base cannot be told apart, or an option is wrong.
     """
     base_model = options.base_model or _base_of(await _listed(client))
-    prompts = Prompts(tokenizer)
     api = await find_api(client, options.api, prepared.pairs if prepared else {})
+    prompts = Prompts(tokenizer, longest=api.prompt_tokens)
     say(f"{client.url} is tested as {api.kind}; it calls the base {base_model}")
     with tempfile.TemporaryDirectory(prefix="lorasmith-verify-") as folder:
         made = prepared or _make(base, prompts, Path(folder), say)

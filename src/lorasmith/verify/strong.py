@@ -29,8 +29,10 @@ from lorasmith.errors import TargetError
 from lorasmith.lora import Adapter, Factors, LoRAConfig
 
 CANDIDATES = 256
-FOREIGN_TIMES_HIDDEN = 8.0  # S · |d| over the median norm of the residual stream
-MARKER_TIMES_FOREIGN = 2.5  # C · |d| over S · |d|
+# As small as is decisive: llama.cpp sums values × attention in half precision before it divides, so |v| times the
+# prompt's length must stay below 65504.
+FOREIGN_TIMES_HIDDEN = 3.0  # S · |d| over the median norm of the residual stream
+MARKER_TIMES_FOREIGN = 2.2  # C · |d| over S · |d|
 RIDGE = 1e-2
 TAIL_TOKENS, REPEATS = 48, 6
 PARTIAL_DRAWS = 4
