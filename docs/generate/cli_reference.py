@@ -30,7 +30,9 @@ def page() -> str:
     """Markdown of all commands, in the order in which `lorasmith --help` lists them."""
     from lorasmith.cli.app import app
 
-    return "\n".join([HEAD, *(section(name, command) for name, command in commands(typer.main.get_command(app)))])
+    return "\n".join(
+        [HEAD, *(section(name, command) for name, command in commands(typer.main.get_command(app)))]
+    )
 
 
 def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -48,7 +50,9 @@ def section(name: str, command: Any) -> str:
     usage = " ".join(["lorasmith", name, *command.collect_usage_pieces(context)])
     rows = [row(p, context) for p in command.params if p.name != "help" and not getattr(p, "hidden", False)]
     table = ["| argument or option | value | meaning |", "|---|---|---|", *rows] if rows else []
-    return "\n".join([f"## lorasmith {name}", "", command.help or "", "", f"```text\n{usage}\n```", "", *table, ""])
+    return "\n".join(
+        [f"## lorasmith {name}", "", command.help or "", "", f"```text\n{usage}\n```", "", *table, ""]
+    )
 
 
 def row(parameter: Any, context: click.Context) -> str:
@@ -61,7 +65,12 @@ def row(parameter: Any, context: click.Context) -> str:
     notes = [cell(getattr(parameter, "help", None) or "")]
     if parameter.required:
         notes.append("**Required.**")
-    elif default is not None and not callable(default) and default is not False and str(default) != "Sentinel.UNSET":
+    elif (
+        default is not None
+        and not callable(default)
+        and default is not False
+        and str(default) != "Sentinel.UNSET"
+    ):
         notes.append(f"Default: `{default}`.")
     return f"| {shown} | {cell(value)} | {' '.join(filter(None, notes))} |"
 

@@ -44,7 +44,9 @@ def digest_by_the_text(directory: Path, scalings: dict[str, str], layouts: dict[
     for name, (dtype, shape, raw) in read_entries(directory).items():
         ending = next((e for e in endings if name.endswith(e)), "")
         listed[name.removesuffix(ending) + endings.get(ending, "")] = (dtype, shape, raw)
-    text = [f"{path} {scalings[path]}\n" + f"{layouts[path]}\n" * (path in layouts) for path in sorted(scalings)]
+    text = [
+        f"{path} {scalings[path]}\n" + f"{layouts[path]}\n" * (path in layouts) for path in sorted(scalings)
+    ]
     text += [f"{path} {tuple(rows[path])}\n" for path in sorted(rows)]
     parts = ["".join(text).encode()]
     for name in sorted(listed):
