@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import click
 import typer
 
 PAGE = "reference/cli.md"
@@ -46,33 +45,36 @@ def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def section(name: str, command: Any) -> str:
     """Heading, purpose, usage and a table of arguments and options."""
-    context = click.Context(command, info_name=f"lorasmith {name}")
-    usage = " ".join(["lorasmith", name, *command.collect_usage_pieces(context)])
-    rows = [row(p, context) for p in command.params if p.name != "help" and not getattr(p, "hidden", False)]
-    table = ["| argument or option | value | meaning |", "|---|---|---|", *rows] if rows else []
+    shown = [p for p in command.params if p.name != "help" and not p.hidden]
+    context = command.context_class(command, info_name=name)
+    arguments = [placeholder(p) for p in shown if p.param_type_name == "argument"]
+    usage = " ".join(["lorasmith", name, "[OPTIONS]", *arguments])
+    table = (
+        ["| argument or option | value | meaning |", "|---|---|---|", *(row(p, context) for p in shown)]
+        if shown
+        else []
+    )
     return "\n".join(
         [f"## lorasmith {name}", "", command.help or "", "", f"```text\n{usage}\n```", "", *table, ""]
     )
 
 
-def row(parameter: Any, context: click.Context) -> str:
+def placeholder(argument: Any) -> str:
+    """How usage shows an argument: `ADAPTER`, `[ADAPTER]` where it may be left out."""
+    text = argument.metavar or argument.name.upper() + ("..." if argument.nargs == -1 else "")
+    return text if argument.required or text.startswith("[") else f"[{text}]"
+
+
+def row(parameter: Any, context: Any) -> str:
     """One line of the table."""
-    names = " / ".join(f"`{n}`" for n in [*parameter.opts, *parameter.secondary_opts] if n.startswith("-"))
-    shown = names or f"`{parameter.make_metavar(ctx=context)}`"
-    is_flag = getattr(parameter, "is_flag", False)
-    value = "" if is_flag else parameter.metavar or parameter.type.name
-    default = parameter.default
-    notes = [cell(getattr(parameter, "help", None) or "")]
-    if parameter.required:
-        notes.append("**Required.**")
-    elif (
-        default is not None
-        and not callable(default)
-        and default is not False
-        and str(default) != "Sentinel.UNSET"
-    ):
-        notes.append(f"Default: `{default}`.")
-    return f"| {shown} | {cell(value)} | {' '.join(filter(None, notes))} |"
+    is_argument = parameter.param_type_name == "argument"
+    names = [placeholder(parameter)] if is_argument else [*parameter.opts, *parameter.secondary_opts]
+    is_flag = not is_argument and parameter.is_flag
+    value = "" if is_flag else parameter.metavar or parameter.display_type(context).strip("<>")
+    notes = [cell(parameter.help or ""), "**Required.**" if parameter.required else ""]
+    if parameter.default is not None and parameter.default is not False and not parameter.required:
+        notes.append(f"Default: `{parameter.default}`.")
+    return f"| {' / '.join(f'`{n}`' for n in names)} | {cell(str(value))} | {' '.join(filter(None, notes))} |"
 
 
 def cell(text: str) -> str:
