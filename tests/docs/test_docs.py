@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import textwrap
@@ -9,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import lorasmith as ls
@@ -140,5 +142,19 @@ def test_the_reference_names_everything_public():
     paths = re.findall(r"^::: lorasmith\.(\S+)$", (DOCS / "reference/python.md").read_text(), re.M)
     named = {path.rpartition(".")[2] for path in paths}
     # `inject` and `train` are rooms too, and their documentation would be the whole room's
-    assert len(named) == len(paths) and not {"inject", "train"} & set(paths)
+    assert not {"inject", "train"} & set(paths)
+    assert len(named) == len(paths)
     assert named == set(ls.__all__) - {"__version__"}
+
+
+def test_the_command_line_reference_has_every_option():
+    spec = importlib.util.spec_from_file_location("cli_reference", DOCS / "generate/cli_reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    group = typer.main.get_command(app)
+    sections = dict(re.findall(r"^## lorasmith (.+?)\n(.*?)(?=^## |\Z)", module.page(), re.M | re.S))
+    assert sections.keys() == {name for name, _ in module.commands(group)}
+    assert {name.split()[0] for name in sections} == set(group.commands)
+    for name, command in module.commands(group):
+        options = {o for p in command.params for o in p.opts if o.startswith("--")} - {"--help"}
+        assert {o for o in options if f"`{o}`" not in sections[name]} == set(), name
