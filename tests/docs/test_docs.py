@@ -85,7 +85,7 @@ def test_the_tutorial_s_commands_work_from_first_to_last(tmp_path, monkeypatch):
     exec(compile(copy, "tutorial.md", "exec"), {})
     for file in (tmp_path / "e2e").glob("*.jsonl"):
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:24]))
-    write_tiny_base(tmp_path / "smollm2-135m")
+    base = str(write_tiny_base(tmp_path / "tiny"))
     done = []
     for words in shell("tutorial.md"):
         if words[0] == "serve":
@@ -93,7 +93,7 @@ def test_the_tutorial_s_commands_work_from_first_to_last(tmp_path, monkeypatch):
         given = [
             "3" if last == "--max-steps" else word for last, word in zip(["", *words], words, strict=False)
         ]
-        result = CliRunner().invoke(app, given)
+        result = CliRunner().invoke(app, [base if word == "smollm2-135m" else word for word in given])
         assert result.exit_code == 0, f"{words}\n{result.output}"
         done.append(words[0])
     assert {"data", "train", "generate", "check", "inspect", "merge", "export", "store"} == set(done)
