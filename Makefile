@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo pixels test test-slow test-browser check clean
+.PHONY: venv demo pixels test test-slow test-browser check docs clean
 venv: $(STAMP)
 
 # A pinned torch comes as a CPU build; an unpinned one may pull several GB of CUDA.
@@ -43,6 +43,15 @@ check: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, in build/site; it asks no other site for anything. Any warning stops the build.
+DOCS_STAMP := $(VENV)/.docs-installed
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,docs]"
+	touch $@
+
+docs: $(DOCS_STAMP)
+	PYTHONPATH=src NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

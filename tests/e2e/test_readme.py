@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import typer
-
-from lorasmith.cli.app import app
+from tests.support.commands import command_lines, unknown_options
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -21,13 +19,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_every_command_and_option_that_the_readme_names_exists():
-    app_group = typer.main.get_command(app)
-    lines = re.findall(r"^lorasmith (.+)$", README.read_text(), re.M)
+    lines = command_lines(README.read_text())
     assert len(lines) > 10
-    for line in lines:
-        words = line.split("#")[0].split()
-        command = app_group.commands[words[0]]
-        if hasattr(command, "commands"):
-            command = command.commands[words[1]]
-        known = {name for parameter in command.params for name in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= known, line
+    for words in lines:
+        assert not unknown_options(words), words
