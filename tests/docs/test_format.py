@@ -45,7 +45,8 @@ def digest_by_the_text(directory: Path, scalings: dict[str, str], layouts: dict[
         ending = next((e for e in endings if name.endswith(e)), "")
         listed[name.removesuffix(ending) + endings.get(ending, "")] = (dtype, shape, raw)
     text = [
-        f"{path} {scalings[path]}\n" + f"{layouts[path]}\n" * (path in layouts) for path in sorted(scalings)
+        f"{path} {scalings[path]}\n" + (f"{layouts[path]}\n" if path in layouts else "")
+        for path in sorted(scalings)
     ]
     text += [f"{path} {tuple(rows[path])}\n" for path in sorted(rows)]
     parts = ["".join(text).encode()]

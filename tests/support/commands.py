@@ -15,11 +15,6 @@ def command_lines(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in re.findall(r"^ *lorasmith (.+)$", text, re.M)]
 
 
-def exists(words: list[str]) -> bool:
-    """Whether the command that `words` begin with is there."""
-    return words[0] in typer.main.get_command(app).commands
-
-
 def unknown_options(words: list[str]) -> set[str]:
     """Options in `words` that their command does not have.
 
