@@ -4,7 +4,7 @@
 
 32 tokens after 64, greedy, on the built-in base in the dtype of this machine; adapters of rank 16 on all
 linear layers. Every round runs each variant once, and rows hold medians over the rounds after the first.
-Prints the rows as JSON and appends them to `benchmarks/records/infer.jsonl`.
+Prints the rows and appends them to `benchmarks/records/infer.jsonl`.
 
 Pieces: `core` (batch 1 and 16, prefill, merged, deterministic; with --peers PEFT too), `batches` (8 and 32;
 with --peers llama.cpp where `llama_peer.py` finds it), `loading`, `memory` (base + k adapters, each k in a
@@ -18,10 +18,7 @@ import contextlib
 import ctypes
 import functools
 import gc
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,7 +26,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # however this file was loaded
 import llama_peer
+import record
 
 from lorasmith.bases import load_base
 from lorasmith.engine import Engine, Request
@@ -45,11 +42,16 @@ from lorasmith.formats import write_adapter
 from lorasmith.inject import eject, extract, inject
 from lorasmith.lora import Adapter, Factors, LoRAConfig
 
-RECORDS = Path(__file__).parent / "records" / "infer.jsonl"
 BASE, SEED, RANK = "smollm2-135m", 0, 16
 PROMPT_TOKENS, NEW_TOKENS, ROWS, MOST_ROWS = 64, 32, 16, 32
 PIECES = ("core", "batches", "loading", "memory")
 MEMORY_COUNTS = (1, 16, 200)
+ABOUT = {
+    "what": f"{NEW_TOKENS} tokens after {PROMPT_TOKENS}, seconds",
+    "base": BASE,
+    "rank": RANK,
+    "seed": SEED,
+}
 
 Variants = dict[str, Callable[[], object]]
 
@@ -396,40 +398,6 @@ def run(peers: bool = False, quick: bool = False, pieces: Sequence[str] = PIECES
     return rows
 
 
-def record(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RECORDS.parent.parent
-    ).stdout.strip()
-    return {
-        "what": f"{NEW_TOKENS} tokens after {PROMPT_TOKENS}, seconds",
-        "base": BASE,
-        "rank": RANK,
-        "rows": rows,
-        "device": f"cpu {_cpu_name()}",
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
-        "dtype": str(load_base(BASE).model.dtype).removeprefix("torch."),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
-        },
-        "commit": commit or "uncommitted",
-        "seed": SEED,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    wanted = ("model name", "cpu family", "model\t")
-    return ", ".join(
-        dict.fromkeys(line.partition(":")[2].strip() for line in lines if line.startswith(wanted))
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true")
@@ -442,14 +410,13 @@ def main() -> None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = record(run(options.peers, options.quick, options.piece or PIECES))
-    RECORDS.parent.mkdir(exist_ok=True)
-    with RECORDS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
-    for row in result["rows"]:
+        rows = run(options.peers, options.quick, options.piece or PIECES)
+    about = {**ABOUT, "dtype": str(load_base(BASE).model.dtype).removeprefix("torch.")}
+    path = record.append("infer", rows, {**about, "quick": options.quick, "peers": options.peers})
+    for row in rows:
         ratio = "–" if row["ratio"] is None else f"{row['ratio']:.3f}"
         print(f"{row['what']:<62} {ratio:>7}   at least {row.get('at_least')}, aim {row.get('aim')}")
-    print(json.dumps(result))
+    print(f"recorded in {path}")
 
 
 if __name__ == "__main__":

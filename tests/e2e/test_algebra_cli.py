@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from lorasmith.bases import load_base
-from lorasmith.cli.app import app
 from lorasmith.formats import read_adapter, write_adapter
 from lorasmith.inject import eject, extract, inject
 from lorasmith.lora import LoRAConfig
 from tests.support.base import write_tiny_base
+from tests.support.cli import answer, run
 from tests.support.models import randomise
 from tests.support.tolerance import close
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def answer(*arguments: object) -> dict:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output + result.stderr
-    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +228,28 @@ def test_export_to_each_and_back_from_mlx(place, tmp_path):
     assert note["provenance"]["made_by"]["from"][0]["digest"] == a.digest
     text = run("export", place / "a", "--to", "portable", "--out", tmp_path / "said")
     assert "scaling folded into B exactly" in text.stdout
+
+
+def test_dora_is_exported_as_plain_lora_with_its_residual(place, tmp_path):
+    base = load_base(str(place / "base"), dtype="fp32")
+    plain = read_adapter(place / "a")
+    norms = {p: base.model.get_parameter(f"{p}.weight").detach().norm(dim=1) for p in plain.factors}
+    scale = torch.linspace(0.9, 1.1, 1000)
+    magnitudes = {p: norm * scale[: len(norm)] for p, norm in norms.items()}
+    write_adapter(replace(plain, extras=replace(plain.extras, magnitudes=magnitudes)), tmp_path / "dora")
+    arguments = ("export", tmp_path / "dora", "--to", "portable", "--base", place / "base")
+    default = answer(*arguments, "--out", tmp_path / "default")
+    whole = answer(*arguments, "--rank", 1000, "--out", tmp_path / "whole")
+    assert 0.01 < default["dora_residual"] < 1
+    assert whole["dora_residual"] < 1e-5
+    ids = torch.arange(8)[None]
+    inject(base.model, read_adapter(tmp_path / "dora"))
+    expected = base.model(ids).logits
+    eject(base.model)
+    inject(base.model, read_adapter(tmp_path / "whole"))
+    close(base.model(ids).logits, expected, torch.float32)
+    assert not read_adapter(tmp_path / "default").extras
+    assert run("export", place / "a", "--to", "peft", "--rank", 3, "--out", tmp_path / "no").exit_code == 2
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -8,23 +8,18 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from lorasmith.analysis import survival
 from lorasmith.bases import fingerprint_directory, load_base
 from lorasmith.cli import bench
-from lorasmith.cli.app import app
 from lorasmith.formats import read_adapter, write_adapter
 from lorasmith.lora import Adapter
 from tests.support.base import write_tiny_base
+from tests.support.cli import run
 from tests.support.models import make_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 FORMATS = ["fp32", "bf16", "fp16", "int8", "nf4"]
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def adapter_for(folder, base, **config) -> Adapter:

@@ -8,26 +8,15 @@ import shutil
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from lorasmith.cli.app import app
 from lorasmith.formats import read_adapter, write_adapter
 from lorasmith.inject import extract, inject
 from lorasmith.lora import LoRAConfig
 from tests.support.base import write_tiny_base
+from tests.support.cli import answer, run
 from tests.support.models import randomise
 
 RECORDS = [{"prompt": f"say {word}", "completion": word * 2} for word in ("ab", "cd", "ef", "gh", "ij", "kl")]
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def answer(*arguments: object) -> dict:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output + result.stderr
-    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")

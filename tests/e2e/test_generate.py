@@ -6,23 +6,12 @@ import json
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
 from lorasmith.bases import load_base
-from lorasmith.cli.app import app
 from lorasmith.formats import write_adapter
 from tests.support.base import write_tiny_base
+from tests.support.cli import answer, run
 from tests.support.engines import make_adapter
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, ["generate", *map(str, arguments)])
-
-
-def answer(*arguments: object) -> dict:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output + result.stderr
-    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +39,25 @@ def common(place):
 
 
 def test_every_adapter_answers_one_prompt_as_it_does_alone(place, common):
-    said = answer(*common, "--prompt", "say ab")
+    said = answer("generate", *common, "--prompt", "say ab")
     names = ["x", str(place / "b")]
     assert [r["adapter"] for r in said["results"]] == names
     assert {k: said[k] for k in said["results"][0]} == said["results"][0]
     for result, folder in zip(said["results"], "ab", strict=True):
         alone = answer(
-            "--base", place / "base", "--adapter", place / folder, "--max-tokens", 6, "--prompt", "say ab"
+            "generate",
+            "--base",
+            place / "base",
+            "--adapter",
+            place / folder,
+            "--max-tokens",
+            6,
+            "--prompt",
+            "say ab",
         )
         assert (alone["text"], alone["tokens"]) == (result["text"], result["tokens"])
         assert alone["adapter_digest"] == result["adapter_digest"]
-    shown = run(*common, "--prompt", "say ab").stdout
+    shown = run("generate", *common, "--prompt", "say ab").stdout
     assert all(f"[{name}]" in shown for name in names)
 
 
@@ -72,7 +69,7 @@ def test_a_batch_file_is_answered_line_by_line(place, common, tmp_path):
         {"prompt": "say ab", "adapter": None, "temperature": 1.0, "seed": 3},
     ]
     file.write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
-    said = answer(*common, "--prompts", file, "--out", out)
+    said = answer("generate", *common, "--prompts", file, "--out", out)
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert found == said["results"]
     assert [(r["line"], r["id"], r["adapter"]) for r in found] == [
@@ -81,8 +78,8 @@ def test_a_batch_file_is_answered_line_by_line(place, common, tmp_path):
         (5, None, None),
     ]
     assert found[1]["tokens"] <= 2
-    assert found[0]["text"] == answer(*common, "--prompt", "say ab")["text"]
-    printed = run(*common, "--prompts", file)
+    assert found[0]["text"] == answer("generate", *common, "--prompt", "say ab")["text"]
+    printed = run("generate", *common, "--prompts", file)
     assert [json.loads(line) for line in printed.stdout.splitlines()] == found
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -107,7 +104,7 @@ def test_a_wrong_line_is_named_and_nothing_is_written(common, tmp_path, line, sa
     file, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     good = '{"prompt": "x", "adapter": "x"}' if line else ""
     file.write_text(f"{good}\n{line}\n")
-    result = run(*common, "--prompts", file, "--out", out)
+    result = run("generate", *common, "--prompts", file, "--out", out)
     assert result.exit_code == 2, result.output
     assert said in result.stderr
     assert not out.exists()
@@ -123,7 +120,7 @@ def test_contradictions_are_refused(place, common, tmp_path):
         (*common, "--adapter", "=y", "--prompt", "x"),
         (*common, "--prompts", tmp_path / "nowhere.jsonl"),
     ):
-        assert run(*wrong).exit_code == 2, wrong
+        assert run("generate", *wrong).exit_code == 2, wrong
 
 
 def test_a_terminal_sees_the_answer_while_it_is_written(place, capsys, monkeypatch):
@@ -134,6 +131,6 @@ def test_a_terminal_sees_the_answer_while_it_is_written(place, capsys, monkeypat
     real = sys.stdout.write
     monkeypatch.setattr(sys.stdout, "write", lambda text: (pieces.append(text), real(text))[1])
     generate(base=str(place / "base"), prompt="say ab", max_tokens=6)
-    expected = answer("--base", place / "base", "--max-tokens", 6, "--prompt", "say ab")["text"]
+    expected = answer("generate", "--base", place / "base", "--max-tokens", 6, "--prompt", "say ab")["text"]
     assert "".join(pieces) == expected + "\n"
     assert sum(bool(piece.strip()) for piece in pieces) > 1

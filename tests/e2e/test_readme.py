@@ -20,8 +20,14 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
 
 
-def test_every_command_that_the_readme_names_exists():
-    group = typer.main.get_command(app)
-    named = set(re.findall(r"^lorasmith (\w+)", README.read_text(), re.M))
-    assert {"train", "eval", "generate", "check", "merge", "data"} <= named
-    assert named <= set(group.commands)
+def test_every_command_and_option_that_the_readme_names_exists():
+    app_group = typer.main.get_command(app)
+    lines = re.findall(r"^lorasmith (.+)$", README.read_text(), re.M)
+    assert len(lines) > 10
+    for line in lines:
+        words = line.split("#")[0].split()
+        command = app_group.commands[words[0]]
+        if hasattr(command, "commands"):
+            command = command.commands[words[1]]
+        known = {name for parameter in command.params for name in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, line

@@ -227,6 +227,8 @@ def test_mlx_there_and_back(tmp_path, name):
     for path, delta in mlx_deltas(tmp_path / "mlx").items():
         close(delta, dense(adapter)[path], torch.float32)
     assert is_mlx(tmp_path / "mlx")
+    with pytest.raises(AdapterFileError, match=r"export .*mlx --to peft"):
+        read_adapter(tmp_path / "mlx")
     back = read_mlx(tmp_path / "mlx")
     assert back.provenance == adapter.provenance
     write_adapter(back, tmp_path / "back")

@@ -17,6 +17,7 @@ from lorasmith.bases.load import (
     match_base,
     pick_dtype,
     require_base,
+    write_base,
 )
 from lorasmith.bases.skeleton import Skeleton, load_skeleton
 
@@ -41,4 +42,5 @@ __all__ = [
     "pick_dtype",
     "read_headers",
     "require_base",
+    "write_base",
 ]

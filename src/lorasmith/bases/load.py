@@ -156,6 +156,13 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def write_base(base: Base, directory: Path) -> None:
+    """Write model and tokenizer into `directory` in the form that `load_base` reads, without a word."""
+    with quiet():
+        base.model.save_pretrained(directory)
+        base.tokenizer.save_pretrained(directory)
+
+
 def _resolve(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():

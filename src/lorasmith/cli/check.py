@@ -82,13 +82,13 @@ def _show(coverage: Coverage | None, result: dict[str, Any]) -> None:
     moved, problems = result["effect"], result["problems"]
     if coverage:
         print(coverage.table_text())
-    effect = f"; largest change of a logit {moved:.3g}" if moved is not None else ""
-    print(f"base: {BASES[result['base_match']]}{effect}")
+        effect = f"; largest change of a logit {moved:.3g}" if moved is not None else ""
+        print(f"base: {BASES[result['base_match']]}{effect}")
     for problem in problems[:MAX_SHOWN]:
         print(f"{problem['kind']}: {problem['message']}")
     if len(problems) > MAX_SHOWN:
         print(f"… and {len(problems) - MAX_SHOWN} more; --json lists them all")
-    print(f"{len(problems)} problems" if problems else "no problems")
+    print({0: "no problems", 1: "1 problem"}.get(len(problems), f"{len(problems)} problems"))
 
 
 def _effect(base: str, path: Path) -> float:

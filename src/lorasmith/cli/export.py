@@ -16,6 +16,7 @@ from lorasmith.cli.derive import (
     read_any,
     read_base_config,
 )
+from lorasmith.cli.extract import conv1d_paths
 from lorasmith.cli.options import JsonOption, MismatchOption, print_json, say
 from lorasmith.errors import BaseMismatchError, BaseNotFoundError, ConfigError, OutputError, did_you_mean
 
@@ -34,6 +35,10 @@ def export(
         str | None,
         typer.Option(help="Base to check against; gguf needs its config. Default: the one it names."),
     ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="DoRA only: of the plain LoRA that is made of it. Default: twice its own."),
+    ] = None,
     allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -43,23 +48,43 @@ def export(
     if out.exists():
         raise OutputError(f"{out} exists already. Choose another folder; nothing was written.")
     source = read_any(adapter)
-    directory = _base_directory(source, base, is_needed=to == "gguf")
+    is_dora = bool(source.extras.magnitudes) and to != "peft"
+    if rank is not None and not is_dora:
+        raise ConfigError("--rank is for DoRA adapters that another format cannot carry; see `compress`.")
+    directory = _base_directory(source, base, is_needed=is_dora or to == "gguf")
     if directory is not None:
         _check_base(source, directory, base or str(directory), allow_base_mismatch=allow_base_mismatch)
+    plain, residual = _as_plain(source, directory, rank) if is_dora else (source, None)
     ready = replace(
-        source, provenance=source.provenance | derived_from("export", {str(adapter): source}, {"to": to})
+        plain, provenance=source.provenance | derived_from("export", {str(adapter): source}, {"to": to})
     )
     verdicts, note = _write(ready, to, out, directory)
+    files = sorted(str(file) for file in out.iterdir())
     result = {
-        "files": sorted(str(file) for file in out.iterdir()),
+        "files": files,
         "verdicts": {name: asdict(verdict) for name, verdict in verdicts.items()},
-        "scaling": note, "out": str(out),
+        "scaling": note, "dora_residual": residual, "out": str(out),
     }  # fmt: skip
     if as_json:
         print_json(result)
         return
-    print(f"{out}: {', '.join(Path(file).name for file in result['files'])}; {note}")
+    if residual is not None:
+        print(
+            f"DoRA as plain LoRA: {residual:.2%} of what it adds to the weights is left out; --rank takes more"
+        )
+    print(f"{out}: {', '.join(Path(file).name for file in files)}; {note}")
     print(described((name, ("yes  " if v.ok else "no   ") + v.reason) for name, v in verdicts.items()))
+
+
+def _as_plain(adapter: Adapter, directory: Path | None, rank: int | None) -> tuple[Adapter, float]:
+    """The closest plain LoRA of the given rank, and the share of DoRA's update that it leaves out."""
+    from lorasmith.analysis import dora_to_lora, open_tensors
+
+    assert directory is not None
+    tensors = open_tensors(directory)
+    transposed = conv1d_paths(directory, tensors)
+    made = dora_to_lora(adapter, lambda path: tensors[f"{path}.weight"](), rank=rank, transposed=transposed)
+    return made.adapter, made.relative_error
 
 
 def _write(adapter: Adapter, to: str, out: Path, directory: Path | None) -> tuple[dict[str, Verdict], str]:
@@ -99,7 +124,7 @@ def _base_directory(adapter: Adapter, base: str | None, *, is_needed: bool) -> P
         return None
     named = adapter.provenance.get("base_name") or adapter.provenance.get("base", {}).get("name")
     if not isinstance(named, str):
-        raise ConfigError("--to gguf needs the base's config for names and heads: give it with --base.")
+        raise ConfigError("This needs the base (gguf its config, DoRA its weights): give it with --base.")
     try:
         return base_directory(named)
     except BaseNotFoundError as error:

@@ -94,11 +94,12 @@ def _refuse_if_lost(report: SurvivalReport, dtype: torch.dtype, *, force: bool) 
 def _write(base: Base, out: Path) -> None:
     from safetensors import SafetensorError
 
+    from lorasmith.bases import write_base
+
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        base.model.save_pretrained(temporary)
-        base.tokenizer.save_pretrained(temporary)
+        write_base(base, temporary)
         os.replace(temporary, out)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{out} could not be written: {error}. Nothing was kept.") from error

@@ -1,6 +1,6 @@
 """Batched generation on one frozen base; each row of a batch may use a different adapter.
 
-May import: inject, lora, formats, bases, errors
+May import: inject, lora, formats, bases, native, errors
 """
 
 from lorasmith.engine.engine import Engine

@@ -10,14 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +19,7 @@ from torch import Tensor
 
 from lorasmith.bases import home
 from lorasmith.engine.native_source import SOURCE
-
-COMPILE_TIMEOUT_S = 60
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC", "-std=gnu11")
+from lorasmith.native import is_enabled, load
 
 
 class _Group(ctypes.Structure):
@@ -96,7 +88,7 @@ def is_available(dtype: torch.dtype, device: torch.device) -> bool:
 @functools.cache
 def library() -> Any:
     """The compiled functions; None where they cannot be had."""
-    if os.environ.get("LORASMITH_NATIVE", "1") == "0":
+    if not is_enabled():
         return None
     pointer, number, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
     signatures = {
@@ -106,38 +98,6 @@ def library() -> Any:
         "attend": (pointer, number, *[pointer] * 7, number, pointer, pointer, number, number),
     }
     try:
-        found = ctypes.CDLL(str(_compiled()))
-        for name, arguments in signatures.items():
-            function = getattr(found, name)
-            function.argtypes, function.restype = arguments, None
+        return load(SOURCE, signatures, folder=home() / "native")
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None
-    return found
-
-
-def _compiled() -> Path:
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise OSError("no C compiler")
-    said = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILE_TIMEOUT_S, check=True)
-    cpu = [line for line in _cpu_lines() if line.startswith(("flags", "Features", "model name"))][:2]
-    # GCC prefers half the width on most x86, which doubles the time of these loops.
-    flags = (*FLAGS, "-mprefer-vector-width=512") if "avx512f" in " ".join(cpu) else FLAGS
-    key = repr((SOURCE, flags, said.stdout, platform.machine(), cpu))
-    target = home() / "native" / f"lora-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
-            source, out = Path(scratch) / "lora.c", Path(scratch) / "lora.so"
-            source.write_text(SOURCE)
-            command = [compiler, *flags, str(source), "-o", str(out)]
-            subprocess.run(command, capture_output=True, timeout=COMPILE_TIMEOUT_S, check=True)
-            os.replace(out, target)
-    return target
-
-
-def _cpu_lines() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return [platform.processor()]

@@ -125,6 +125,11 @@ def _check_place(path: Path) -> None:
         )
     if (path / WEIGHTS_NAME).is_file():
         return
+    if (path / "adapters.safetensors").is_file():
+        raise AdapterFileError(
+            f"{path} holds an adapter of MLX-LM, not of PEFT. Bring it over first: "
+            f"lorasmith export {path} --to peft --out DIR"
+        )
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLE_SUFFIXES)
     if pickles:
         raise AdapterFileError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.bases import Base, load_base
+from lorasmith.bases import Base, load_base, write_base
 from lorasmith.data import Example, Steps, fingerprint, steps
 from lorasmith.errors import TrainingError
 from lorasmith.formats import write_adapter
@@ -356,8 +356,7 @@ class Run:
                 for name, value in self.best.items():
                     self.parameters[name].copy_(value)
         if self.settings.method == "full":
-            self.base.model.save_pretrained(self.folder / "model")
-            self.base.tokenizer.save_pretrained(self.folder / "model")
+            write_base(self.base, self.folder / "model")
             return None
         adapter = extract(self.model)
         adapter.provenance = self._provenance()
