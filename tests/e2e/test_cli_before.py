@@ -131,10 +131,16 @@ def test_advise_gives_all_tiers_with_evidence(place, monkeypatch):
 
 
 def test_runs_are_listed_and_compared(place, tmp_path):
-    (place / "runs/small/samples.jsonl").write_text(json.dumps({"prompt": "say <b>", "after": "ok"}) + "\n")
+    ask = tmp_path / "ask.jsonl"
+    ask.write_text(
+        "".join(json.dumps(r) + "\n" for r in [*RECORDS, {"prompt": "say <b>", "completion": "b"}][-2:])
+    )
     page = tmp_path / "runs.html"
-    found = answer("runs", place / "runs", "--html", page)
+    found = answer("runs", place / "runs", "--samples", ask, "--html", page)
     assert [r["name"] for r in found["runs"]] == ["large", "small"]
+    rows = [json.loads(x) for x in (place / "runs/small/samples.jsonl").read_text().splitlines()]
+    assert [row["wanted"] for row in rows] == [RECORDS[-1]["completion"], "b"]
+    assert {"prompt", "base", "tuned"} < rows[0].keys()
     assert all(r["is_finished"] and r["steps"] == r["total_steps"] == 24 for r in found["runs"])
     assert found["differences"]["lora.rank"] == [6, 2]
     assert all(key.startswith("lora.") for key in found["differences"])

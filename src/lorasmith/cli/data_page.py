@@ -24,6 +24,9 @@ box-shadow: inset -1px 0 var(--line) }
 .key b { background: color-mix(in srgb, var(--accent) 22%, transparent); font-weight: 500; padding: 0 .4em }
 .bar { height: .7rem; border-radius: .35rem; background: var(--line); overflow: hidden }
 .bar div { height: 100%; background: var(--accent) }
+.cards { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)) }
+details td.n { width: 5rem; white-space: nowrap; text-align: left; color: var(--soft) }
+details tr:last-child td { border-bottom: 0 }
 details { border-bottom: 1px solid var(--line); padding: .45rem 0 } summary { cursor: pointer }
 summary b { color: #b3432b } .dropped { color: #b3432b } svg { width: 100%; height: auto; display: block }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft) } small { color: var(--soft) }

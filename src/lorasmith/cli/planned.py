@@ -53,11 +53,12 @@ class Planned:
         """Build the skeleton, encode the data and lay out its steps."""
         from lorasmith.bases import load_skeleton, load_tokenizer, pick_dtype
         from lorasmith.data import read_records
-        from lorasmith.planning import decoder_of, resident_bytes
+        from lorasmith.planning import decoder_of, resident_bytes, trim_heap
 
         chosen, skeleton, tokenizer = pick_dtype(dtype), load_skeleton(base), load_tokenizer(base)
         records = read_records(data)
         encoded, order, layout = _laid_out(skeleton.model, tokenizer, records, config, settings)
+        trim_heap()
         return cls(
             name=base,
             skeleton=skeleton,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,7 +99,12 @@ def find_runs(folder: Path) -> list[RunFolder]:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder.")
     places = {path.parent for depth in range(DEPTH + 1) for path in folder.glob("*/" * depth + "run.json")}
-    return [_read(place, folder) for place in sorted(places)]
+    return [_read(place, folder) for place in sorted(places, key=_naturally)]
+
+
+def _naturally(path: Path) -> list[tuple[int, str]]:
+    """Key that puts r2 before r16."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def _read(place: Path, root: Path) -> RunFolder:

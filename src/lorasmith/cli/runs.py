@@ -14,6 +14,9 @@ from lorasmith.errors import ConfigError
 def runs(
     folder: Annotated[Path, typer.Argument(help="A run's folder, or one that holds several.")],
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="Records whose first prompts every run answers, for the page.")
+    ] = None,
     tensorboard: Annotated[
         Path | None, typer.Option(help="Write TensorBoard event files here (needs the package tensorboard).")
     ] = None,
@@ -27,6 +30,11 @@ def runs(
         raise ConfigError(
             f"{folder} holds no run: no run.json in it or in its sub-folders. Name a folder that train wrote."
         )
+    if samples is not None:
+        from lorasmith.cli.run_samples import write_samples
+
+        write_samples(found, samples)
+        found = find_runs(folder)
     different = differences(found)
     if html is not None:
         from lorasmith.cli.runs_page import runs_page

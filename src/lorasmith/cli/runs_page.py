@@ -16,6 +16,7 @@ OWN_STYLE = """
 svg { width: 100%; height: auto } svg text { font: 12px system-ui, sans-serif; fill: var(--soft) }
 .scroll { overflow-x: auto } .dot { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .5rem }
 th.n { text-align: right } td.diff { font-family: ui-monospace, monospace; font-size: .9em } small { color: var(--soft) }
+table.samples td { white-space: pre-wrap; width: 25%; font-size: .9em }
 """
 
 
@@ -116,9 +117,7 @@ def _samples(run: RunFolder) -> str:
     names = list(dict.fromkeys(key for row in run.samples for key in row))
     head = "".join(f"<th>{escape(name)}" for name in names)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(row.get(n, '')))}" for n in names) + "</tr>"
+        "<tr>" + "".join(f"<td>{escape(str(row.get(n, '')).strip())}" for n in names) + "</tr>"
         for row in run.samples[:20]
     )
-    return (
-        f'<h2>Samples: {escape(run.name)}</h2><div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
-    )
+    return f'<h2>Samples: {escape(run.name)}</h2><div class="scroll"><table class="samples"><tr>{head}</tr>{rows}</table></div>'
