@@ -28,7 +28,7 @@ PHASES = (Phase.explicit, Phase.generate)  # no shrinking: schemathesis prints t
 def api(tmp_path_factory):
     place = write_place(tmp_path_factory.mktemp("place"))
     keys = make_keys(Tenant("acme"), admin="boss")
-    gateway = make_gateway(place, keys=keys, default_max_tokens=4, request_timeout_s=5)
+    gateway = make_gateway(place, keys=keys, default_max_tokens=4)
     with in_thread(create_app(gateway)) as url:
         document = httpx.get(f"{url}/openapi.json", headers=bearer("boss")).json()
         for operation in (o for methods in document["paths"].values() for o in methods.values()):
@@ -40,7 +40,7 @@ def api(tmp_path_factory):
 
 def validate(case) -> None:
     is_inner = case.path.startswith("/admin") or case.path in ("/metrics", "/ready")
-    response = case.call(headers=bearer("boss" if is_inner else "key-acme"), timeout=20)
+    response = case.call(headers=bearer("boss" if is_inner else "key-acme"), timeout=120)
     case.validate_response(response, checks=[c for c in CHECKS if c.__name__ not in UNFIT])
 
 
@@ -64,7 +64,7 @@ def check_all(api, examples: int) -> tuple[int, list[str]]:
 
 
 def test_what_is_answered_is_what_the_document_says(api):
-    count, wrong = check_all(api, 8)
+    count, wrong = check_all(api, 6)
     assert count >= 20
     assert not wrong, "\n".join(wrong)
 
