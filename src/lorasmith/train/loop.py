@@ -247,7 +247,7 @@ class Run:
             "base_fingerprint": self.base.fingerprint.to_dict(),
             "data_fingerprint": fingerprint(self.examples),
             "data": asdict(self.sets.train.stats),
-            "policy": [self.forecast, *self.policy.lines],
+            "policy": self.policy.lines,
             "layout": {"packing": self.layout.packing, "reason": self.layout.reason},
             "steps": self.total,
             "versions": versions(),
