@@ -66,6 +66,7 @@ def _start_workers(count: int, process: int) -> ThreadPoolExecutor:
     ready = threading.Barrier(count + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # a thread's first use of torch sets the process's number, so not later
         torch.set_num_threads(1)  # of this thread, and of threads that have not used torch yet …
         ready.wait()
 
