@@ -6,8 +6,9 @@ The engine knows adapters by their digest only, so an alias that moves can never
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,7 @@ class Adapters:
         self._loading: dict[str, threading.Lock] = {}
         self._loaded: OrderedDict[str, Lease] = OrderedDict()
         self._withdrawn: set[str] = set()
+        self._held: Counter[str] = Counter()
 
     def resolve(self, model: str, tenant: Tenant, *, key: str = "") -> Resolved:
         """What `model` means to this tenant. What it may not use does not exist for it.
@@ -132,14 +134,31 @@ class Adapters:
                 self._loading.pop(digest, None)
         self._shed()
 
+    @contextmanager
+    def ready(self, digest: str, base: dict[str, Any] | None) -> Iterator[None]:
+        """`load`, and nobody else's need for room pushes it out meanwhile.
+
+        Raises:
+            AdapterFileError, BaseMismatchError, UnknownAdapterError: as `load` does.
+        """
+        with self._lock:
+            self._held[digest] += 1
+        try:
+            self.load(digest, base)
+            yield
+        finally:
+            with self._lock:
+                self._held[digest] -= 1
+                self._held += Counter()  # drops what is at zero
+            self._shed()
+
     def unload(self, digest: str, *, withdraw: bool = True) -> None:
         """Forget an adapter: running requests finish, new ones are told it does not exist."""
         with self._lock:
             if withdraw:
                 self._withdrawn.add(digest)
-            lease = self._loaded.pop(digest, None)
+            lease = self._forget(digest)
         if lease is not None:
-            self._engine.remove_adapter(digest)
             lease.release()
 
     def restore(self, digest: str) -> None:
@@ -205,14 +224,23 @@ class Adapters:
         if match_base({"base": base}, self._fingerprint) is False:
             raise BaseMismatchError(f"this adapter was trained on another base than {self.base_id}")
 
+    def _forget(self, digest: str) -> Lease | None:
+        """Under the lock, so that nobody finds it loaded who then cannot use it."""
+        lease = self._loaded.pop(digest, None)
+        if lease is not None:
+            self._engine.remove_adapter(digest)
+        return lease
+
     def _shed(self) -> None:
         """Forget the least recently used beyond `max_adapters`; whoever runs on them keeps them."""
         while True:
             with self._lock:
-                if len(self._loaded) <= self._max_adapters:
+                idle = next((d for d in self._loaded if d not in self._held), None)
+                if len(self._loaded) <= self._max_adapters or idle is None:
                     return
-                digest = next(iter(self._loaded))
-            self.unload(digest, withdraw=False)
+                lease = self._forget(idle)
+            if lease is not None:
+                lease.release()
 
 
 def _plain(base: Any) -> dict[str, Any] | None:

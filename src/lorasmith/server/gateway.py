@@ -25,7 +25,6 @@ from lorasmith.errors import (
     EngineError,
     OverloadedError,
     UnavailableError,
-    UnknownAdapterError,
 )
 from lorasmith.server.adapters import Adapters, Resolved
 from lorasmith.server.bridge import Answers, Bridge
@@ -40,7 +39,6 @@ from lorasmith.store import Store
 T = TypeVar("T")
 PREPARING_THREADS = 4
 LOADING_THREADS = 2
-LOADING_ATTEMPTS = 3
 HOUSEKEEPING_S = 5.0
 
 
@@ -304,15 +302,14 @@ class Gateway:
         def submit() -> None:
             answers.follow(self.engine.submit(request, on_token))
 
+        def load_and_submit(digest: str) -> None:
+            with self.adapters.ready(digest, resolved.base):
+                submit()
+
+        if resolved.digest is None:
+            return await self.in_thread(submit)
         loop = asyncio.get_running_loop()
-        for _ in range(LOADING_ATTEMPTS):  # others may push an idle adapter out in between
-            if resolved.digest is not None:
-                await loop.run_in_executor(self._loading, self.adapters.load, resolved.digest, resolved.base)
-            try:
-                return await self.in_thread(submit)
-            except UnknownAdapterError:
-                continue
-        raise OverloadedError("more adapters are asked for at once than this server may load")
+        await loop.run_in_executor(self._loading, load_and_submit, resolved.digest)
 
     def _used_tokens(self, running: Running) -> int:
         """What to charge. Whoever leaves early pays for what was computed, as far as it is known."""

