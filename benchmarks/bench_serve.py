@@ -223,7 +223,14 @@ def llama(folder: Path) -> Iterator[Server]:
 def transformers(folder: Path) -> Iterator[Server]:
     """`transformers serve`."""
     model = str(base_directory(BASE))
-    command = [os.environ["LORASMITH_TRANSFORMERS"], "serve", model, "--device", "cpu"]
+    command = [
+        os.environ["LORASMITH_TRANSFORMERS"],
+        "serve",
+        model,
+        "--device",
+        "cpu",
+        "--continuous-batching",
+    ]
     with started(command, "/health", folder) as url:
         yield Server(url, [{"model": model}])
 
