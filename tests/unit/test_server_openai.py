@@ -256,24 +256,6 @@ def test_a_version_that_moves_is_served_at_once_and_nothing_stale(place, alone, 
     assert gone.status_code == 404
 
 
-def test_an_adapter_that_is_being_handed_over_is_not_pushed_out(place):
-    gateway = make_gateway(place, max_adapters=1)
-    adapters = gateway.adapters
-    red, green = (gateway.store.resolve(name).digest for name in ("red", "green"))
-    with adapters.ready(red, None):
-        adapters.load(green, None)
-        assert adapters.loaded == [red]
-        with adapters.ready(green, None):
-            assert set(adapters.loaded) == set(gateway.engine.adapters) == {red, green}
-        assert adapters.loaded == [red]
-    adapters.load(green, None)
-    assert adapters.loaded == [*gateway.engine.adapters] == [green]
-    with adapters.ready(green, None):
-        adapters.unload(green)
-        assert adapters.loaded == []
-    gateway._close()
-
-
 def test_more_adapters_than_may_be_loaded_still_all_answer_rightly(place, alone):
     gateway = make_gateway(place, max_adapters=1)
 

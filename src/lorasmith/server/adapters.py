@@ -73,7 +73,6 @@ class Adapters:
         self._loaded: OrderedDict[str, Lease] = OrderedDict()
         self._holds: Counter[str] = Counter()
         self._withdrawn: set[str] = set()
-        self._held: Counter[str] = Counter()
 
     def resolve(self, model: str, tenant: Tenant, *, key: str = "") -> Resolved:
         """What `model` means to this tenant. What it may not use does not exist for it.
@@ -141,7 +140,6 @@ class Adapters:
         self._shed()
 
     @contextmanager
-<<<<<<< HEAD
     def held(self, digest: str | None, base: dict[str, Any] | None) -> Iterator[None]:
         """Load an adapter, and keep it until the engine was given a request for it. None is the plain base.
 
@@ -153,22 +151,11 @@ class Adapters:
             return
         with self._lock:
             self._holds[digest] += 1
-=======
-    def ready(self, digest: str, base: dict[str, Any] | None) -> Iterator[None]:
-        """`load`, and nobody else's need for room pushes it out meanwhile.
-
-        Raises:
-            AdapterFileError, BaseMismatchError, UnknownAdapterError: as `load` does.
-        """
-        with self._lock:
-            self._held[digest] += 1
->>>>>>> h-verify
         try:
             self.load(digest, base)
             yield
         finally:
             with self._lock:
-<<<<<<< HEAD
                 self._holds[digest] -= 1
                 self._holds += Counter()  # drops those at zero
             self._shed()
@@ -178,12 +165,6 @@ class Adapters:
         with self._lock:
             return digest is None or digest in self._loaded
 
-=======
-                self._held[digest] -= 1
-                self._held += Counter()  # drops what is at zero
-            self._shed()
-
->>>>>>> h-verify
     def unload(self, digest: str, *, withdraw: bool = True) -> None:
         """Forget an adapter: running requests finish, new ones are told it does not exist."""
         with self._lock:
@@ -257,18 +238,10 @@ class Adapters:
         if match_base({"base": base}, self._fingerprint) is False:
             raise BaseMismatchError(f"this adapter was trained on another base than {self.base_id}")
 
-    def _forget(self, digest: str) -> Lease | None:
-        """Under the lock, so that nobody finds it loaded who then cannot use it."""
-        lease = self._loaded.pop(digest, None)
-        if lease is not None:
-            self._engine.remove_adapter(digest)
-        return lease
-
     def _shed(self) -> None:
         """Forget the least recently used beyond `max_adapters`; whoever runs on them keeps them."""
         while True:
             with self._lock:
-<<<<<<< HEAD
                 idle = (d for d in self._loaded if not self._holds[d])
                 digest = next(idle, None) if len(self._loaded) > self._max_adapters else None
                 lease = None if digest is None else self._forget(digest)
@@ -282,14 +255,6 @@ class Adapters:
         if lease is not None:
             self._engine.remove_adapter(digest)
         return lease
-=======
-                idle = next((d for d in self._loaded if d not in self._held), None)
-                if len(self._loaded) <= self._max_adapters or idle is None:
-                    return
-                lease = self._forget(idle)
-            if lease is not None:
-                lease.release()
->>>>>>> h-verify
 
 
 def _plain(base: Any) -> dict[str, Any] | None:

@@ -312,20 +312,9 @@ class Gateway:
             with self.adapters.held(resolved.digest, resolved.base):
                 answers.follow(self.engine.submit(request, on_token))
 
-<<<<<<< HEAD
         # Adapters in memory do not wait behind those that are read from the disk.
         pool = self._preparing if self.adapters.is_loaded(resolved.digest) else self._loading
         await asyncio.get_running_loop().run_in_executor(pool, submit)
-=======
-        def load_and_submit(digest: str) -> None:
-            with self.adapters.ready(digest, resolved.base):
-                submit()
-
-        if resolved.digest is None:
-            return await self.in_thread(submit)
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._loading, load_and_submit, resolved.digest)
->>>>>>> h-verify
 
     def _used_tokens(self, running: Running) -> int:
         """What to charge. Whoever leaves early pays for what was computed, as far as it is known."""
