@@ -100,7 +100,7 @@ def test_a_canary_is_split_by_user(place):
 def test_unload_is_404_at_once_while_running_requests_finish(place):
     async def conversation(client):
         running = asyncio.ensure_future(said(client, "red", max_tokens=200, stream=True))
-        while not gateway.queue.running_rows:
+        while not any(request.first_token_at for request in gateway.running):
             await asyncio.sleep(0.001)
         expected = gateway.store.resolve("red").digest
         assert (await post(client, "unload", model="red")).status_code == 200
