@@ -56,6 +56,7 @@ def computing(
     recompute: RecomputeName,
     flops: float,
     warm_up: Callable[[], Any],
+    keep_freed: bool = True,
 ) -> Iterator[Policy]:
     """Let `model` compute by the chosen kernels inside the `with`; it is as before afterwards.
 
@@ -64,9 +65,11 @@ def computing(
         recompute: what is computed again in the backward pass instead of kept.
         flops: of the whole run, for the choice of whether to compile.
         warm_up: one forward and backward pass, for what must be compiled first.
+        keep_freed: freed memory stays for the next step, which is faster; else it goes back at once, as a
+            budget wants it.
     """
     with ExitStack() as stack:
-        stack.callback(_retain_freed_memory())
+        stack.callback(_manage_heap(keep_freed=keep_freed))
         device = next(model.parameters()).device
         lines = [f"threads: {torch.get_num_threads()}" if device.type == "cpu" else f"device: {device}"]
         chosen: KernelsName = "plain"
@@ -200,11 +203,12 @@ def limit_kept_kernels() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
 
 
-def _retain_freed_memory() -> Callable[[], Any]:
-    """Keep freed memory for the next step; returns what gives it back.
+def _manage_heap(*, keep_freed: bool) -> Callable[[], Any]:
+    """Keep freed memory for the next step, or give each large block back when it is freed; returns what undoes it.
 
     glibc maps every large tensor anew and gives it back when freed; the kernel then clears each page
-    again, which takes 15 % of a training step (measured: dev/LOG.md).
+    again, which takes 15 % of a training step (measured: dev/LOG.md). Kept, blocks of many sizes leave
+    holes that grow from step to step.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -212,9 +216,9 @@ def _retain_freed_memory() -> Callable[[], Any]:
     except (OSError, AttributeError):
         return lambda: None
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, (1 << 31) - 1)
-    mallopt(top_pad, 64 << 20)
+    mallopt(mmap_threshold, 1 << 30 if keep_freed else 1 << 18)
+    mallopt(trim_threshold, (1 << 31) - 1 if keep_freed else 128 << 10)
+    mallopt(top_pad, 64 << 20 if keep_freed else 128 << 10)
 
     def restore() -> None:
         mallopt(mmap_threshold, 32 << 20)
