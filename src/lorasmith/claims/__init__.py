@@ -1,0 +1,10 @@
+"""The paper's claims, measured again on a model of your own: each a design, an expectation, a verdict.
+
+May import: bases.
+"""
+
+from __future__ import annotations
+
+from lorasmith.claims.claim import Claim, Holds, Measured, Setting
+
+__all__ = ["Claim", "Holds", "Measured", "Setting"]
