@@ -56,12 +56,12 @@ ABOUT = {
 Variants = dict[str, Callable[[], object]]
 
 
-def make_adapters(model: Any, count: int) -> list[Adapter]:
+def make_adapters(model: Any, count: int, *, seed: int = SEED) -> list[Adapter]:
     """Adapters that differ; B is small, so that the outputs stay sensible."""
-    inject(model, LoRAConfig(rank=RANK, alpha=2 * RANK), seed=SEED)
+    inject(model, LoRAConfig(rank=RANK, alpha=2 * RANK), seed=seed)
     first = extract(model)
     eject(model)
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     return [
         Adapter(
             first.config,

@@ -1,9 +1,12 @@
-"""Serving over HTTP: our server with 16 adapters, beside llama-server with the same 16 and `transformers serve`.
+"""Serving over HTTP: our server with 1, 16 and 200 adapters, beside llama-server and `transformers serve`.
 
     lorasmith bench serve [--quick] [--peers]
 
 A closed loop of 1, 8, 16 and 32 clients, chat completions streamed, 32 greedy tokens after about 64 of which no two
-requests share more than the template's header; request i asks adapter i mod 16. Each server runs alone, in turn.
+requests share more than the template's header. Which adapter a request asks: round robin, or Zipf (the k-th with
+share 1/k). Each server runs alone, in turn; ratios are of 16 adapters, round robin, and the plain base beside plain
+bases. Then the time to the first token of one client by where the adapter was: in a slot (the same one again), in
+memory (the next of 64), on disk (the same, with room for one in memory; the files are in the system's cache).
 Adapters have rank 16 on all linear layers; llama-server gets them through our GGUF export and the base in bfloat16.
 
     LORASMITH_LLAMA_SERVER   the binary llama-server
@@ -40,32 +43,17 @@ from lorasmith.formats import write_adapter, write_gguf
 
 BASE, ADAPTERS, NEW_TOKENS, PROMPT_TOKENS = "smollm2-135m", 16, 32, 64
 CLIENTS = (1, 8, 16, 32)
+MANY, QUICK_MANY, TIER_REQUESTS = 200, 24, 64
+ADAPTER_BYTES = 20 << 20  # a little more than one adapter
 START_S, ANSWER_S = 120.0, 300.0
 WORDS = [
-    "river",
-    "copper",
-    "window",
-    "market",
-    "winter",
-    "teacher",
-    "engine",
-    "garden",
-    "island",
-    "paper",
-    "silver",
-    "bridge",
-    "hunter",
-    "music",
-]
+    "river", "copper", "window", "market", "winter", "teacher", "engine", "garden", "island", "paper", "silver",
+    "bridge", "hunter", "music",
+]  # fmt: skip
 ABOUT = {"base": BASE, "adapters": ADAPTERS, "new_tokens": NEW_TOKENS, "prompt_tokens": PROMPT_TOKENS}
 
 
-@dataclass(frozen=True)
-class Server:
-    """Where it listens, and what request i adds."""
-
-    url: str
-    fields: Sequence[dict[str, Any]]
+Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -78,55 +66,117 @@ class Load:
 
 
 def run(*, peers: bool, quick: bool) -> list[dict[str, Any]]:
-    """Rows for every number of clients."""
+    """Rows for every load and every server."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = write_inputs(folder)
-        measured = {"ours": measure(ours(folder), tokenizer, quick)}
-        if peers and os.environ.get("LORASMITH_LLAMA_SERVER"):
-            measured["llama-server, same adapters"] = measure(llama(folder), tokenizer, quick)
-        if peers and os.environ.get("LORASMITH_TRANSFORMERS"):
-            measured["transformers serve, plain base"] = measure(transformers(folder), tokenizer, quick)
-    mine = measured.pop("ours")
+        tokenizer = write_inputs(folder, QUICK_MANY if quick else MANY)
+        rows = beside_peers(folder, tokenizer, peers=peers, quick=quick)
+        rows += many_adapters(folder, tokenizer, quick=quick)
+        return rows + first_tokens(folder, tokenizer, quick=quick)
+
+
+def beside_peers(folder: Path, tokenizer: Any, *, peers: bool, quick: bool) -> list[dict[str, Any]]:
+    """16 adapters in turn, and the plain base."""
+    mixed, plain = f"{ADAPTERS} adapters", "plain base"
+    with ours(folder, ADAPTERS) as (url, models):
+        mine = {
+            mixed: measure(url, models, tokenizer, quick),
+            plain: measure(url, [{"model": BASE}], tokenizer, quick),
+        }
+    theirs: dict[tuple[str, str], dict[int, Load]] = {}
+    if peers and os.environ.get("LORASMITH_LLAMA_SERVER"):
+        with llama(folder) as (url, models):
+            theirs["llama-server", mixed] = measure(url, models, tokenizer, quick)
+            theirs["llama-server", plain] = measure(url, [{"model": "x"}], tokenizer, quick)
+    if peers and os.environ.get("LORASMITH_TRANSFORMERS"):
+        with transformers(folder) as (url, models):
+            theirs["transformers serve", plain] = measure(url, models, tokenizer, quick)
     rows = []
-    for clients, load in mine.items():
-        for key in Load.__dataclass_fields__:
-            what, value = f"{clients} clients, {key}", getattr(load, key)
-            if not measured:
-                rows.append({"what": what, "ours": value, "peer": None, "ratio": None})
-            for peer, loads in measured.items():
-                theirs = getattr(loads[clients], key)
-                rows.append(
-                    {"what": f"{what} / {peer}", "ours": value, "peer": theirs, "ratio": value / theirs}
-                )
+    for (peer, of), loads in theirs.items():
+        for what in (mixed, plain) if of == plain else (mixed,):
+            rows += [
+                row(f"{clients} clients, {what}, {key} / {peer}, {of}", mine[what][clients], load, key)
+                for clients, load in loads.items()
+                for key in Load.__dataclass_fields__
+            ]
+    return rows or [row_of(f"{c} clients, {what}, {key}", getattr(load, key))
+                    for what, loads in mine.items() for c, load in loads.items() for key in vars(load)]  # fmt: skip
+
+
+def many_adapters(folder: Path, tokenizer: Any, *, quick: bool) -> list[dict[str, Any]]:
+    """Our server alone: one adapter, sixteen, many; each in turn or by Zipf."""
+    rows = []
+    many = QUICK_MANY if quick else MANY
+    with ours(folder, many) as (url, models):
+        for count, pick in ((1, "in turn"), (ADAPTERS, "zipf"), (many, "in turn"), (many, "zipf")):
+            loads = measure(url, models[:count], tokenizer, quick, is_zipf=pick == "zipf")
+            rows += [
+                row_of(f"{clients} clients, {count} of {many} adapters, {pick}, {key}", getattr(load, key))
+                for clients, load in loads.items()
+                for key in vars(load)
+            ]
     return rows
 
 
-def write_inputs(folder: Path) -> Any:
+def first_tokens(folder: Path, tokenizer: Any, *, quick: bool) -> list[dict[str, Any]]:
+    """Seconds to the first token for one client, by where the adapter was."""
+    count = 8 if quick else TIER_REQUESTS
+    wide = {"a slot": (None, 1), "memory": (None, TIER_REQUESTS), "disk": (f"{ADAPTER_BYTES}", TIER_REQUESTS)}
+    rows = []
+    for tier, (memory, distinct) in wide.items():
+        with ours(folder, min(TIER_REQUESTS, QUICK_MANY if quick else MANY), memory) as (url, models):
+            asyncio.run(drive(url, models[:1], tokenizer, 1, 2, seed=71))
+            load = asyncio.run(drive(url, models[:distinct], tokenizer, 1, count, seed=72))
+        rows += [
+            row_of(f"first token, adapter in {tier}, {key}", getattr(load, key))
+            for key in ("first_p50_s", "first_p95_s")
+        ]
+    return rows
+
+
+def row(what: str, mine: Load, load: Load, key: str) -> dict[str, Any]:
+    value, theirs = getattr(mine, key), getattr(load, key)
+    return {"what": what, "ours": value, "peer": theirs, "ratio": value / theirs}
+
+
+def row_of(what: str, value: float) -> dict[str, Any]:
+    return {"what": what, "ours": value, "peer": None, "ratio": None}
+
+
+def write_inputs(folder: Path, count: int) -> Any:
     """The adapters for both sides; the tokenizer."""
     base = load_base(BASE)
-    for i, adapter in enumerate(make_adapters(base.model, ADAPTERS)):
+    for i in range(count):
+        adapter = make_adapters(base.model, 1, seed=i)[0]
         write_adapter(adapter, folder / f"a{i}")
-        write_gguf(adapter, folder / f"a{i}-gguf", base.model.config.to_dict())
+        if i < ADAPTERS:
+            write_gguf(adapter, folder / f"a{i}-gguf", base.model.config.to_dict())
     return base.tokenizer
 
 
-def measure(starting: Any, tokenizer: Any, quick: bool) -> dict[int, Load]:
+def measure(
+    url: str, models: Sequence[Fields], tokenizer: Any, quick: bool, *, is_zipf: bool = False
+) -> dict[int, Load]:
     """Every number of clients, on one server."""
-    began = time.perf_counter()
-    with starting as server:
-        print(f"{server.url} after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-        asyncio.run(drive(server, tokenizer, 1, ADAPTERS, seed=0))  # every adapter once, not counted
-        return {
-            clients: asyncio.run(
-                drive(server, tokenizer, clients, max(16, (1 if quick else 3) * clients), clients)
-            )
-            for clients in (CLIENTS[:3:2] if quick else CLIENTS)
-        }
+    asyncio.run(
+        drive(url, models[:ADAPTERS], tokenizer, 1, min(len(models), ADAPTERS), seed=0)
+    )  # not counted
+    loads = {}
+    for clients in CLIENTS[:3:2] if quick else CLIENTS:
+        count = max(16, (1 if quick else 3) * clients)
+        asked = [models[i % len(models)] for i in range(count)]
+        if is_zipf:
+            weights = [1 / (k + 1) for k in range(len(models))]
+            asked = random.Random(clients).choices(models, weights, k=count)
+        loads[clients] = asyncio.run(drive(url, asked, tokenizer, clients, count, seed=clients))
+        print(f"{clients} clients: {loads[clients]}", file=sys.stderr, flush=True)
+    return loads
 
 
-async def drive(server: Server, tokenizer: Any, clients: int, count: int, seed: int) -> Load:
-    """`count` requests, `clients` of them at any time.
+async def drive(
+    url: str, models: Sequence[Fields], tokenizer: Any, clients: int, count: int, seed: int
+) -> Load:
+    """`count` requests, `clients` of them at any time; request i adds the fields models[i], and round again.
 
     Raises:
         RuntimeError: one of them was not answered.
@@ -135,13 +185,11 @@ async def drive(server: Server, tokenizer: Any, clients: int, count: int, seed: 
     prompts = [prompt(tokenizer, seed * 10_007 + i) for i in range(count)]
     # a connection for each request: llama-server closes kept ones while they are being reused
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(
-        base_url=server.url, limits=limits, timeout=ANSWER_S, trust_env=False
-    ) as http:
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=ANSWER_S, trust_env=False) as http:
 
         async def one(i: int) -> tuple[float, int]:
             async with gate:
-                return await ask(http, server.fields[i % len(server.fields)], prompts[i])
+                return await ask(http, models[i % len(models)], prompts[i])
 
         began = time.perf_counter()
         answers = await asyncio.gather(*map(one, range(count)))
@@ -196,19 +244,21 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 @contextlib.contextmanager
-def ours(folder: Path) -> Iterator[Server]:
-    """`lorasmith serve`."""
+def ours(folder: Path, count: int, adapter_memory: str | None = None) -> Iterator[tuple[str, list[Fields]]]:
+    """`lorasmith serve` with so many adapters, and the fields that ask for each."""
     command = [sys.executable, "-c", "from lorasmith.cli import main; main()", "serve", "--base", BASE]
-    command += ["--store", folder / "store"]
-    for i in range(ADAPTERS):
-        command += ["--adapters", f"a{i}={folder / f'a{i}'}"]
+    command += ["--store", folder / f"store-{count}"]
+    if adapter_memory:
+        command += ["--adapter-memory", adapter_memory]
+    if not (folder / f"store-{count}").exists():
+        command += [f"a{i}={folder / f'a{i}'}" for i in range(count)]
     with started(command, "/healthz", folder) as url:
-        yield Server(url, [{"model": f"a{i}"} for i in range(ADAPTERS)])
+        yield url, [{"model": f"a{i}"} for i in range(count)]
 
 
 @contextlib.contextmanager
-def llama(folder: Path) -> Iterator[Server]:
-    """llama-server, with as many slots as our server has rows."""
+def llama(folder: Path) -> Iterator[tuple[str, list[Fields]]]:
+    """llama-server, with as many slots as our server has rows. A request without `lora` gets the plain base."""
     model = folder / "base-bf16.gguf"
     llama_peer.to_bf16(Path(os.environ["LORASMITH_LLAMA_GGUF"]), model)
     command = [os.environ["LORASMITH_LLAMA_SERVER"], "-m", model, "-np", 16, "-c", 16 * 512]
@@ -216,11 +266,11 @@ def llama(folder: Path) -> Iterator[Server]:
     for i in range(ADAPTERS):
         command += ["--lora", folder / f"a{i}-gguf" / "adapter.gguf"]
     with started(command, "/health", folder) as url:
-        yield Server(url, [{"model": "x", "lora": [{"id": i, "scale": 1.0}]} for i in range(ADAPTERS)])
+        yield url, [{"model": "x", "lora": [{"id": i, "scale": 1.0}]} for i in range(ADAPTERS)]
 
 
 @contextlib.contextmanager
-def transformers(folder: Path) -> Iterator[Server]:
+def transformers(folder: Path) -> Iterator[tuple[str, list[Fields]]]:
     """`transformers serve`."""
     model = str(base_directory(BASE))
     command = [
@@ -232,7 +282,7 @@ def transformers(folder: Path) -> Iterator[Server]:
         "--continuous-batching",
     ]
     with started(command, "/health", folder) as url:
-        yield Server(url, [{"model": model}])
+        yield url, [{"model": model}]
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(place):
-    server = Served(place, "--adapters", f"again={place / 'adapters' / 'red'}")
+    # room for hardly one adapter: requests bring each back from disk
+    server = Served(place, "--adapters", f"again={place / 'adapters' / 'red'}", "--adapter-memory", "20kB")
     yield server
     assert server.stop() == 0, "".join(server.lines)
 
@@ -172,6 +173,7 @@ def test_keys_guard_a_real_server(place, tmp_path):
         (("--adapters", "red"), "write name=DIR"),
         (("--adapters", "red=/nowhere"), "does not exist"),
         (("--keys", "/nowhere.toml"), "cannot be read"),
+        (("--adapter-memory", "lots"), "given as a size"),
     ],
 )
 def test_bad_input_exits_with_2(place, options, message, tmp_path):

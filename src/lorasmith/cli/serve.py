@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import BaseOption, DtypeOption, JsonOption, MismatchOption, print_json, say
+from lorasmith.cli.options import (
+    BaseOption,
+    DtypeOption,
+    JsonOption,
+    MismatchOption,
+    parse_bytes,
+    print_json,
+    say,
+)
 from lorasmith.cli.store import base_facts
 from lorasmith.errors import ConfigError, LoraSmithError
 
@@ -33,6 +41,9 @@ def serve(
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow other machines without keys.")] = False,
     max_rows: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 16,
     max_context: Annotated[int | None, typer.Option(help="Tokens per request at most.")] = None,
+    adapter_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Adapters beyond, such as 4GiB, wait on disk.")
+    ] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Same bits in any company.")] = False,
     shadow_share: Annotated[
         float, typer.Option(help="Compute this share again alone and compare; deterministic.", min=0, max=1)
@@ -47,6 +58,7 @@ def serve(
     from lorasmith.server import Keys, check_address, check_exposure, read_keys, run
     from lorasmith.store import Store
 
+    held = None if adapter_memory is None else parse_bytes(adapter_memory)
     known = Keys() if keys is None else read_keys(keys)
     check_exposure(host, known, insecure=insecure)
     check_address(host, port)
@@ -54,7 +66,9 @@ def serve(
     _add(opened, base, [*(adapters or []), *(more or [])], allow_base_mismatch)
     loaded = load_base(base, dtype=dtype)
     is_exact = deterministic or shadow_share > 0
-    options = {"max_rows": max_rows, "max_context": max_context, "deterministic": is_exact}
+    options = {
+        "max_rows": max_rows, "max_context": max_context, "deterministic": is_exact, "adapter_bytes": held,
+    }  # fmt: skip
     limits = {
         "drain_s": drain_s, "shadow_share": shadow_share, "allow_base_mismatch": allow_base_mismatch,
         "playground": playground,
