@@ -109,13 +109,8 @@ def extract_from_full(
             lost.append(norm)
         else:
             D = change.T if path in transposed else change
-            made = best_factors(
-                D,
-                rank=None if rank is None else min(rank, *D.shape),
-                energy=energy,
-                dtype=dtype,
-                exact_limit=exact_limit,
-            )
+            cut = None if rank is None else min(rank, *D.shape)
+            made = best_factors(D, rank=cut, energy=energy, dtype=dtype, exact_limit=exact_limit)
             modules[path] = _Module(made, residual_norm(D, made), norm)
     return Extracted(_adapter(modules, not_captured), _errors(modules, not_captured, math.hypot(*lost)))
 

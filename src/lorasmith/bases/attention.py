@@ -22,19 +22,8 @@ def attention(model: nn.Module, function: AttentionFunction) -> Iterator[bool]:
     soft cap) still go to PyTorch's own. True is yielded where the model takes part: one of
     transformers' that computes attention by PyTorch's fused kernel now.
     """
-    given: Any = model
-    config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa" or not hasattr(
-        model, "set_attn_implementation"
-    ):
-        yield False
-        return
-    _register(function)
-    given.set_attn_implementation(NAME)
-    try:
-        yield bool(given.config._attn_implementation == NAME)
-    finally:
-        given.set_attn_implementation("sdpa")
+    with _computing_by(model, NAME, lambda: _causal(function)) as takes_part:
+        yield takes_part
 
 
 @contextmanager
@@ -45,10 +34,13 @@ def attention_inputs(model: nn.Module, name: str) -> Iterator[bool]:
     booleans, additive or None; PyTorch's own attention then computes with those. True is yielded where
     the model takes part, as in `attention`.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    with _computing_by(model, f"{NAME}-{name}", lambda: _changed_inputs(name)) as takes_part:
+        yield takes_part
 
+
+@contextmanager
+def _computing_by(model: nn.Module, name: str, make: Callable[[], AttentionFunction]) -> Iterator[bool]:
+    """Register what `make` returns as `name` and let `model` use it, if it is one that can."""
     given: Any = model
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != "sdpa" or not hasattr(
@@ -56,6 +48,20 @@ def attention_inputs(model: nn.Module, name: str) -> Iterator[bool]:
     ):
         yield False
         return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, make())
+    AttentionMaskInterface.register(name, sdpa_mask)
+    given.set_attn_implementation(name)
+    try:
+        yield bool(given.config._attn_implementation == name)
+    finally:
+        given.set_attn_implementation("sdpa")
+
+
+def _changed_inputs(name: str) -> AttentionFunction:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
@@ -65,20 +71,11 @@ def attention_inputs(model: nn.Module, name: str) -> Iterator[bool]:
             key, value, attention_mask = change(module, query, key, value, attention_mask)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
-    own = f"{NAME}-{name}"
-    AttentionInterface.register(own, forward)
-    AttentionMaskInterface.register(own, sdpa_mask)
-    given.set_attn_implementation(own)
-    try:
-        yield bool(given.config._attn_implementation == own)
-    finally:
-        given.set_attn_implementation("sdpa")
+    return forward
 
 
-def _register(function: AttentionFunction) -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
+def _causal(function: AttentionFunction) -> AttentionFunction:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
 
     def forward(
         module: nn.Module,
@@ -99,5 +96,4 @@ def _register(function: AttentionFunction) -> None:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         return function(query, key, value, attention_mask, scale=scale).transpose(1, 2), None
 
-    AttentionInterface.register(NAME, forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return forward
