@@ -146,7 +146,7 @@ def flags(setting: Setting, scratch: Path, steps: int) -> list[Any]:
         "--config", run,
         "--base", other_base(scratch) if setting.base == OTHER else setting.base,
         "--data", sample_path("e2e/train") if setting.length is None else even_rows(scratch, setting, steps),
-        "--rank", setting.rank,
+        *(["--rank", setting.rank] if setting.method == "lora" else []),
         "--batch-size", setting.batch_size,
         "--batch-tokens", setting.batch_tokens,
         "--max-length", setting.length or 1024,
