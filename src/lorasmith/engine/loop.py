@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from lorasmith.native import release_threads
+
 IDLE_WAIT_S = 0.05
 WATCH_EVERY_S = 0.1
 
@@ -62,19 +64,21 @@ class Loop:
         if self._thread is not None:
             return
         self._stopping.clear()
+        release_threads()  # of whoever made the engine: what they no longer do must not slow the loop down
         self._spawn()
         self._watchdog = threading.Thread(target=self._watch, name="lorasmith-watchdog", daemon=True)
         self._watchdog.start()
 
     def stop(self, timeout_s: float) -> bool:
         """Stop after the present step; return whether that step came to its end in time."""
-        thread, watchdog = self._thread, self._watchdog
         self._stopping.set()
         self.work.set()
-        if thread is None or watchdog is None:
+        if self._watchdog is not None:
+            self._watchdog.join(timeout_s)  # first: it may be starting another thread just now
+        thread = self._thread
+        if thread is None:
             return True
         thread.join(timeout_s)
-        watchdog.join(timeout_s)
         self._thread = self._watchdog = None
         return not thread.is_alive()
 
@@ -89,6 +93,7 @@ class Loop:
             while not self._stopping.is_set() and self._thread is me:
                 self.work.clear()
                 if not self._step():
+                    release_threads()  # another engine of this process may be at work
                     self.work.wait(IDLE_WAIT_S)
         except BaseException as error:  # not even SystemExit of a callback may leave requests waiting
             self._cause = error

@@ -7,5 +7,6 @@ May import: errors.
 """
 
 from lorasmith.native.compile import is_enabled, load
+from lorasmith.native.threads import release_threads
 
-__all__ = ["is_enabled", "load"]
+__all__ = ["is_enabled", "load", "release_threads"]

@@ -16,6 +16,7 @@ from lorasmith.planning.activations import (
     saved_by_layer,
     saved_bytes,
 )
+from lorasmith.planning.cluster import Network, Spread, everywhere, llama_like, smallest_shard, spread
 from lorasmith.planning.decoder import Decoder, decoder_of
 from lorasmith.planning.estimate import Estimate, Job, estimate, gib, has_many_shapes, require_fit
 from lorasmith.planning.fit import Fit, fit
@@ -41,21 +42,25 @@ __all__ = [
     "Job",
     "Machine",
     "Memory",
+    "Network",
     "Pass",
     "Recompute",
     "Shapes",
+    "Spread",
     "Trained",
     "Work",
     "backward_bytes",
     "cgroup_limits",
     "decoder_of",
     "estimate",
+    "everywhere",
     "fit",
     "full_memory",
     "gib",
     "has_many_shapes",
     "hundred_tasks_bytes",
     "known_device",
+    "llama_like",
     "logit_bytes",
     "logit_chunk",
     "lora_memory",
@@ -63,6 +68,8 @@ __all__ = [
     "resident_bytes",
     "saved_by_layer",
     "saved_bytes",
+    "smallest_shard",
+    "spread",
     "this_machine",
     "trim_heap",
     "usable_memory",

@@ -3,7 +3,7 @@
 `Gateway` is everything but HTTP: who may ask what, which adapter that is, when it runs. `create_app` puts
 routes around it; `run` gives it a socket and signals.
 
-May import: engine, store, bases, errors
+May import: engine, store, bases, native, errors
 """
 
 from lorasmith.server.app import create_app

@@ -26,6 +26,7 @@ from lorasmith.errors import (
     OverloadedError,
     UnavailableError,
 )
+from lorasmith.native import release_threads
 from lorasmith.server.adapters import Adapters, Resolved
 from lorasmith.server.bridge import Answers, Bridge
 from lorasmith.server.config import ServerConfig
@@ -177,8 +178,16 @@ class Gateway:
 
     async def in_thread(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
         """Run something that may block, off the event loop."""
-        work = partial(call, *arguments, **named)
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+        return await self._run_in(self._preparing, partial(call, *arguments, **named))
+
+    async def _run_in(self, pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+        def work() -> T:
+            try:
+                return call()
+            finally:
+                release_threads()  # of the checks of an adapter; the engine's thread needs them
+
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     async def _keep_house(self) -> None:
         while True:
@@ -314,7 +323,7 @@ class Gateway:
 
         # Adapters in memory do not wait behind those that are read from the disk.
         pool = self._preparing if self.adapters.is_loaded(resolved.digest) else self._loading
-        await asyncio.get_running_loop().run_in_executor(pool, submit)
+        await self._run_in(pool, submit)
 
     def _used_tokens(self, running: Running) -> int:
         """What to charge. Whoever leaves early pays for what was computed, as far as it is known."""
