@@ -87,7 +87,8 @@ def beside_peers(folder: Path, tokenizer: Any, *, peers: bool, quick: bool) -> l
     if peers and os.environ.get("LORASMITH_LLAMA_SERVER"):
         with llama(folder) as (url, models):
             theirs["llama-server", mixed] = measure(url, models, tokenizer, quick)
-            theirs["llama-server", plain] = measure(url, [{"model": "x"}], tokenizer, quick)
+        with llama(folder, 0) as (url, models):
+            theirs["llama-server", plain] = measure(url, models, tokenizer, quick)
     if peers and os.environ.get("LORASMITH_TRANSFORMERS"):
         with transformers(folder) as (url, models):
             theirs["transformers serve", plain] = measure(url, models, tokenizer, quick)
@@ -257,16 +258,25 @@ def ours(folder: Path, count: int, adapter_memory: str | None = None) -> Iterato
 
 
 @contextlib.contextmanager
-def llama(folder: Path) -> Iterator[tuple[str, list[Fields]]]:
-    """llama-server, with as many slots as our server has rows. A request without `lora` gets the plain base."""
+def llama(folder: Path, adapters: int = ADAPTERS) -> Iterator[tuple[str, list[Fields]]]:
+    """llama-server, with as many slots as our server has rows.
+
+    Adapters of scale 0 cost it as much as others, so its plain base is a server without any.
+    """
     model = folder / "base-bf16.gguf"
-    llama_peer.to_bf16(Path(os.environ["LORASMITH_LLAMA_GGUF"]), model)
+    if not model.exists():
+        llama_peer.to_bf16(Path(os.environ["LORASMITH_LLAMA_GGUF"]), model)
     command = [os.environ["LORASMITH_LLAMA_SERVER"], "-m", model, "-np", 16, "-c", 16 * 512]
-    command += ["-t", os.environ.get("OMP_NUM_THREADS", "2"), "--lora-init-without-apply"]
-    for i in range(ADAPTERS):
+    command += ["-t", os.environ.get("OMP_NUM_THREADS", "2")]
+    for i in range(adapters):
         command += ["--lora", folder / f"a{i}-gguf" / "adapter.gguf"]
+    if adapters:
+        command += ["--lora-init-without-apply"]
     with started(command, "/health", folder) as url:
-        yield url, [{"model": "x", "lora": [{"id": i, "scale": 1.0}]} for i in range(ADAPTERS)]
+        yield (
+            url,
+            [{"model": "x", "lora": [{"id": i, "scale": 1.0}]} for i in range(adapters)] or [{"model": "x"}],
+        )
 
 
 @contextlib.contextmanager
