@@ -30,6 +30,9 @@ KERNELS_BYTES = 200 * 10**6
 EVEN_SHAPES = 2
 """Shapes of pass that a run of equal rows has: full ones, and the last."""
 
+MARGIN = 1.1
+"""A run fits with a tenth to spare: of twelve measured runs one took 8 % more than was predicted (records/plan.jsonl)."""
+
 KEPT_CHECKPOINTS = 3
 """The last two and the best."""
 
@@ -70,6 +73,7 @@ class Estimate:
         logits_bytes: of that, the loss's chunk.
         allocator_bytes: holes that the C library's heap leaves between tensors of different sizes.
         peak_bytes: all of it at the worst moment.
+        fits: there is that much, and `MARGIN`.
         checkpoint_bytes: one finished task. disk_bytes: what the run's folder holds at the end.
         by_layer: what autograd keeps of the last layer, by purpose.
     """
@@ -140,7 +144,7 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
         disk_bytes=state * (1 + 3 * KEPT_CHECKPOINTS),
         flops=flops,
         train_s=seconds * time_factor,
-        fits=peak <= machine.memory_bytes,
+        fits=MARGIN * peak <= machine.memory_bytes,
         largest_pass=largest,
         by_layer=saved_by_layer(d, trained, largest, job.computing)[-1],
     )
@@ -199,8 +203,8 @@ def require_fit(found: Estimate, machine: Machine, *, advice: str = "") -> None:
     if found.fits:
         return
     raise BudgetError(
-        f"This run needs about {gib(found.peak_bytes)} and {machine.name} has {gib(machine.memory_bytes)} "
-        f"for it ({machine.note}).\n  weights {gib(found.weights_bytes)}, activations "
+        f"This run needs about {gib(found.peak_bytes)}, with a tenth to spare, and {machine.name} has "
+        f"{gib(machine.memory_bytes)} for it ({machine.note}).\n  weights {gib(found.weights_bytes)}, activations "
         f"{gib(found.activation_bytes + found.allocator_bytes)}, optimizer and gradients "
         f"{gib(found.optimizer_bytes + found.gradient_bytes)}, runtime {gib(found.runtime_bytes)}.\n  "
         + (

@@ -124,8 +124,8 @@ def _why(asked: tuple[int, int, str], chosen: tuple[int, int, str]) -> str:
 def _refusal(machine: Machine, least: Estimate) -> str:
     p = least.largest_pass
     return (
-        f"Nothing fits {gib(machine.memory_bytes)}: the least that this run takes is {gib(least.peak_bytes)}, of "
-        f"it {gib(least.weights_bytes)} for the base's weights, {gib(least.runtime_bytes)} for the process itself, "
+        f"Nothing fits {gib(machine.memory_bytes)}: the least that this run takes is {gib(least.peak_bytes)} and a "
+        f"tenth to spare, of it {gib(least.weights_bytes)} for the base's weights, {gib(least.runtime_bytes)} for the process itself, "
         f"{gib(least.activation_bytes + least.allocator_bytes)} for {p.rows} x {p.length} tokens at once.\n  "
         "Raise the budget, shorten --max-length, lower the rank, or take a smaller base."
     )
