@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 import textwrap
 import tomllib
 from pathlib import Path
@@ -117,7 +118,7 @@ LINES = {
 
 def test_benchmark_tables_show_the_newest_records():
     tables = TABLE.findall((DOCS / "benchmarks.md").read_text())
-    assert len(tables) == 3
+    assert len(tables) == 4
     for name, table in tables:
         lines = (ROOT / "benchmarks/records" / name).read_text().splitlines()
         rows = {
@@ -129,6 +130,16 @@ def test_benchmark_tables_show_the_newest_records():
             for text, key in zip(shown, ("ours", "peer", "ratio"), strict=True):
                 digits = len(text.partition(".")[2])
                 assert f"{row[key]:.{digits}f}" == text, f"{what}: {key} is {row[key]}"
+
+
+def test_the_scaling_study_shows_what_its_script_computes():
+    spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks/scaling.py")
+    scaling = importlib.util.module_from_spec(spec)
+    sys.modules["scaling"] = scaling  # dataclasses look their module up
+    spec.loader.exec_module(scaling)
+    page = (DOCS / "scaling.md").read_text()
+    for name, make in scaling.TABLES.items():
+        assert make() in page, f"docs/scaling.md: the table {name} is another one now"
 
 
 def test_the_reference_names_everything_public():

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from lorasmith.errors import ConfigError
 from lorasmith.planning.activations import Trained
 from lorasmith.planning.decoder import Decoder
-from lorasmith.planning.estimate import Job, estimate
+from lorasmith.planning.estimate import MARGIN, Job, estimate
 from lorasmith.planning.machine import Machine
 from lorasmith.planning.work import work_of
 
@@ -130,7 +130,7 @@ def spread(
         devices=devices,
         shard=shard,
         memory_bytes=memory,
-        fits=memory <= machine.memory_bytes,
+        fits=MARGIN * memory <= machine.memory_bytes,
         compute_s=sum(work_of(d, job.trained, p, job.computing).seconds(machine) for p in passes) * share,
         gather_s=(received + collectives) * len(passes) * share,
         reduce_s=reduced + network.wait(devices),
