@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +39,7 @@ def plan(
     kernels: Annotated[str | None, typer.Option(help="auto, block, inductor or plain.")] = None,
     recompute: Annotated[str | None, typer.Option(help="auto, none, mlp or layers.")] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Run two real steps to calibrate the time.")
+        bool, typer.Option("--measure", help="Run six real steps to calibrate the time.")
     ] = False,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -61,7 +62,7 @@ def plan(
         flags, "batch_size", "batch_tokens", "max_length", "epochs", "max_steps", "packing",
         "kernels", "recompute",
     ))  # fmt: skip
-    planned = Planned.read(base, data, lora, settings, dtype=dtype)
+    planned = Planned.read(base, data, lora, replace(settings, budget_bytes=limit), dtype=dtype)
     machine = known_device(device) if device else this_machine(planned.dtype)
     factor = measured_factor(planned, machine, base, data, dtype=dtype) if measure else 1.0
     result, fits = _result(planned, machine, limit, factor)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasmith.errors import BudgetError
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from lorasmith.train import Layout, TrainConfig
 
 Method = Literal["lora", "full"]
-MEASURED_STEPS = 3
+MEASURED_STEPS = 6
 LEAST_LENGTH = 64
 
 
@@ -98,6 +100,7 @@ class Planned:
             computing=computing_of(self.skeleton.model, self.settings, self.dtype),
             file_itemsize=self.skeleton.file_itemsize,
             is_mapped=self.skeleton.file_itemsize == self.decoder.itemsize,
+            gives_back=self.settings.budget_bytes is not None,
         )  # fmt: skip
 
     def _passes(self, batch_tokens: int) -> tuple[list[list[Pass]], list[list[Pass]]]:
@@ -191,20 +194,29 @@ def measured_factor(planned: Planned, machine: Machine, base: str, data: Path, *
     from lorasmith.planning import estimate
     from lorasmith.train import read_metrics, train
 
-    settings = replace(planned.settings, max_steps=MEASURED_STEPS, save_every=MEASURED_STEPS)
+    settings = replace(
+        planned.settings, max_steps=MEASURED_STEPS, save_every=MEASURED_STEPS, budget_bytes=None
+    )
     with tempfile.TemporaryDirectory() as scratch:
         train(load_base(base, dtype=dtype), data, planned.config, settings, out=scratch, quiet=True)
         rows = [row for row in read_metrics(Path(scratch) / "metrics.jsonl") if "step_s" in row]
-    # The first step also compiles kernels and grows the heap, so it says little about the rest.
-    measured = rows[1:] or rows
-    rate = sum(row["step_s"] for row in measured) / sum(row["tokens"] for row in measured)
-    predicted = estimate(planned.job("lora"), machine, runtime_bytes=0).train_s
     tokens = (
         planned.encoded.stats.tokens
         * planned.steps
         / max(1, planned.encoded.stats.examples / planned.settings.batch_size)
     )
-    return float(rate * tokens / predicted)
+    predicted = estimate(planned.job("lora"), machine, runtime_bytes=0).train_s
+    return seconds_of_run(rows, tokens) / predicted
+
+
+def seconds_of_run(rows: Sequence[Mapping[str, Any]], tokens: float) -> float:
+    """Seconds that so many tokens take, from the first steps of a run, each with its `step_s` and `tokens`.
+
+    The first step compiles kernels and grows the heap: what it took beyond the others' median is counted once.
+    """
+    first, *others = [row["step_s"] / row["tokens"] for row in rows]
+    typical = median(others or [first])
+    return float(typical * tokens + max(0.0, first - typical) * rows[0]["tokens"])
 
 
 def _trained(model: Any, config: LoRAConfig) -> Trained:

@@ -48,6 +48,7 @@ class Job:
         computing: how layers are computed, and which of them again in the backward pass.
         keeps_best: a held-out set chooses the best adapter, of which a copy is kept.
         file_itemsize: bytes of a weight in the base's own file.
+        gives_back: freed memory goes back to the system at once, as under a budget, so the heap has no holes.
         is_mapped: the weights are pages of that file, which become resident when they are read; of input
             embeddings that is a few rows.
     """
@@ -61,6 +62,7 @@ class Job:
     keeps_best: bool = False
     file_itemsize: int | None = None
     is_mapped: bool = False
+    gives_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ def heap_holes(job: Job, p: Pass) -> int:
     copies = 2 * d.itemsize if trained.is_full else 4 * FP32_BYTES
     state = copies * trained.params(d)
     varies = has_many_shapes(job)
+    if job.gives_back:
+        return varies * KERNELS_BYTES + LATER_BYTES
     holes = HOLES_PER_BYTE[varies] * kept + HOLES_PER_BYTE[False] * state + varies * KERNELS_BYTES
     return int(holes) + backward_bytes(d, trained, p, how) + LATER_BYTES
 

@@ -125,6 +125,7 @@ def _job(run: Run, settings: TrainConfig) -> Job:
     return Job(
         decoder, trained, even, run.total, worst,
         computing=computing, keeps_best=run.sets.evaluation is not None,
+        gives_back=settings.budget_bytes is not None,
     )  # fmt: skip
 
 
