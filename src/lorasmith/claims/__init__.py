@@ -1,6 +1,6 @@
 """The paper's claims, measured again on a model of your own: each a design, an expectation, a verdict.
 
-May import: bases.
+May import: train, sweep, baselines, inject, lora, formats, data, analysis, bases, errors.
 """
 
 from __future__ import annotations
