@@ -38,10 +38,9 @@ def measure(setting: Setting) -> Measured:
         "held_out": s.held_out,
     }
     lora = setting.cached({"what": "d90 of LoRA", **key}, lambda: in_lora(setting))
-    steps = 60 if setting.quick else 300
     tiny = setting.cached(
-        {"what": "d90 of a byte model", "steps": steps, "projections": s.projections},
-        lambda: in_bytes(steps, s.projections),
+        {"what": "d90 of a byte model", "steps": s.byte_steps, "projections": s.projections},
+        lambda: in_bytes(s.byte_steps, s.projections),
     )
     return judge({"lora": lora, **tiny})
 
@@ -155,7 +154,7 @@ CLAIM = Claim(
     design="d90 by bisection: the least dimension whose median run keeps 90 % of the gain. In LoRA's space: increments of A and "
     f"B are λ ⊙ P θ, P sparse; full: d in {FULL.dimensions}, {FULL.projections} projections, {FULL.steps} steps of 8 E2E pairs, two "
     f"rates for θ, on {FULL.held_out} held-out pairs; quick: {QUICK.dimensions}, {QUICK.projections} and {QUICK.steps}. Exactly: Fastfood "
-    f"(DID) over every weight of a byte model on E2E's texts, d in {TINY_DIMENSIONS}, 300 steps of 512 (quick 60). It holds if d90 is "
+    f"(DID) over every weight of a byte model on E2E's texts, d in {TINY_DIMENSIONS}, {FULL.byte_steps} steps of 512 (quick {QUICK.byte_steps}). It holds if d90 is "
     "under a tenth of the trainable numbers in LoRA's space, and pre-training lowers it in the byte model.",
     expected="d90 of MRPC / QQP by DID: BERT-base 1,861 / 9,295, RoBERTa-large 322 / 774 of 355 million weights.",
     measure=measure,

@@ -42,7 +42,7 @@ def label(panel: Any, title: str, x: str, y: str) -> None:
 
 
 def points_with_spread(
-    panel: Any, curve: Mapping[float, Sequence[float]], colour: str, name: str, *, sd: float | None = None
+    panel: Any, curve: Mapping[int, Sequence[float]], colour: str, name: str, *, sd: float | None = None
 ) -> None:
     """A line through the means, a dot for each run, and a bar of one standard deviation on either side."""
     x = list(curve)

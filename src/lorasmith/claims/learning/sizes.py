@@ -19,6 +19,11 @@ class Sizes:
         held_out: records that every loss is measured on.
         rates: learning rates that a method tries with the first seed.
         seeds: of the factors and the data order; those after the first train at the chosen rate alone.
+        ranks, qv_ranks: of LoRA on all linear layers, and on q and v.
+        few: numbers of records of the low-data runs, besides `pairs`.
+        lengths: virtual tokens of the prefixes.
+        dimensions, projections: tried for d90 in LoRA's space, and how many random ones of each.
+        byte_steps: optimizer steps of the byte model.
     """
 
     steps: int
@@ -33,6 +38,7 @@ class Sizes:
     lengths: tuple[int, ...]
     dimensions: tuple[int, ...]
     projections: int
+    byte_steps: int
 
     @property
     def pairs(self) -> int:
@@ -50,9 +56,10 @@ FULL = Sizes(
     ranks=(1, 4, 16, 64),
     qv_ranks=(1, 8, 64),
     few=(16, 48),
-    lengths=(1, 4, 16, 64, 256),
-    dimensions=(64, 256, 1024, 4096, 16384),
+    lengths=(1, 16, 64, 256),
+    dimensions=(256, 1024, 4096, 16384),
     projections=2,
+    byte_steps=300,
 )
 QUICK = Sizes(
     steps=4,
@@ -67,6 +74,7 @@ QUICK = Sizes(
     lengths=(1, 16, 64),
     dimensions=(64, 1024, 16384),
     projections=1,
+    byte_steps=60,
 )
 
 

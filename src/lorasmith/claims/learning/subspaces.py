@@ -106,10 +106,15 @@ def judge(found: Mapping[str, Any]) -> Measured:
         f"{kind} {firsts[kind].mean:.2f} ± {firsts[kind].half:.2f}, {firsts[kind].mean / v['chance']:.0f} times what chance gives"
         for kind, v in found.items()
     )  # fmt: skip
+    all_in = "; ".join(
+        f"{kind} {v['map'][-1][-1]:.2f} (chance {v['map_by_chance'][-1][-1]:.2f})"
+        for kind, v in found.items()
+    )
     said = (
         f"The first output direction of ΔW at rank 8 and at rank 64, from different seeds, overlaps by {shares} (mean over "
-        "the layers, 95 % interval). The later directions share little. After so short a training A is still near its "
-        "random start, so that φ on A, which the paper plots, shows mostly that; the outputs (B) are all learned."
+        f"the layers, 95 % interval). All eight directions within the first {SHOWN} of rank 64: {all_in}. After so short a "
+        "training A is still near its random start, so that φ on A, which the paper plots, shows mostly that; the outputs "
+        "(B) are all learned."
     )
     return Measured(verdict, said, dict(found), rows)
 
