@@ -22,7 +22,7 @@ BASE = "no prefix"
 
 def measure(setting: Setting) -> Measured:
     """Positions that are left, and the time of a pass, by length of the prefix."""
-    lengths, seconds = (QUICK_LENGTHS, 10) if setting.quick else (FULL_LENGTHS, 40)
+    lengths, seconds = (QUICK_LENGTHS, 10) if setting.quick else (FULL_LENGTHS, 25)
     key = {"claim": "prefix", "version": 1, "lengths": list(lengths), "text": TEXT, "s": seconds}
     found = setting.cached(key, lambda: _measure(setting, lengths, seconds))
     rows = []
