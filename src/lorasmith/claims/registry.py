@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorasmith.claims.claim import Claim
+from lorasmith.claims.learning import LEARNING
 from lorasmith.claims.mechanics import MECHANICS
 from lorasmith.errors import ConfigError, did_you_mean
 
-CLAIMS: tuple[Claim, ...] = (*MECHANICS,)  # *LEARNING and *QUALITY go here
+CLAIMS: tuple[Claim, ...] = (*MECHANICS, *LEARNING)  # *QUALITY goes here
 
 
 def choose(only: Sequence[str] = (), claims: Sequence[Claim] = CLAIMS) -> tuple[Claim, ...]:

@@ -1,6 +1,6 @@
 """One loop: one adapter on one base, or every weight; packed, accumulated, resumable to the bit.
 
-May import: baselines, inject, lora, formats, data, bases, planning, native, errors.
+May import: baselines, inject, lora, formats, data, bases, analysis, planning, native, errors.
 """
 
 from lorasmith.train.batch import Batch, Layout, choose_layout, collate
@@ -14,6 +14,7 @@ from lorasmith.train.outputs import Metrics, commit, plot_loss, read_metrics, ve
 from lorasmith.train.parts import Parts, split_model
 from lorasmith.train.policy import computing
 from lorasmith.train.preflight import RECOMPUTES, computing_of, passes_of
+from lorasmith.train.probing import Bench, measure_dimension, nats_of_completions, range_test, run_in
 from lorasmith.train.result import TrainResult
 from lorasmith.train.sets import Sets
 from lorasmith.train.show import Show, peak_rss_bytes
@@ -22,6 +23,7 @@ from lorasmith.train.signals import Signals
 __all__ = [
     "RECOMPUTES",
     "Batch",
+    "Bench",
     "EvalLoss",
     "Forward",
     "Head",
@@ -43,10 +45,14 @@ __all__ = [
     "cross_entropy",
     "default_lr",
     "evaluate_loss",
+    "measure_dimension",
+    "nats_of_completions",
     "passes_of",
     "peak_rss_bytes",
     "plot_loss",
+    "range_test",
     "read_metrics",
+    "run_in",
     "split_model",
     "train",
     "versions",
