@@ -1,6 +1,6 @@
 """The paper's claims, measured again on a model of your own: each a design, an expectation, a verdict.
 
-May import: bases.
+May import: bases, lora, data, scoring, baselines, train, engine, errors.
 """
 
 from __future__ import annotations
