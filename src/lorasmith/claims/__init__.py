@@ -1,10 +1,15 @@
 """The paper's claims, measured again on a model of your own: each a design, an expectation, a verdict.
 
-May import: bases, lora, data, scoring, baselines, train, engine, errors.
+`mechanics/` holds those that are exact or a matter of bytes and seconds; `learning/` and `quality/` those
+that train. `registry.py` lists them in the report's order; `runner.py` measures them.
+
+May import: sweep, train, engine, baselines, inject, formats, bases, data, analysis, planning, scoring, lora, errors.
 """
 
 from __future__ import annotations
 
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
+from lorasmith.claims.registry import CLAIMS, choose
+from lorasmith.claims.runner import run_claims
 
-__all__ = ["Claim", "Holds", "Measured", "Setting"]
+__all__ = ["CLAIMS", "Claim", "Holds", "Measured", "Setting", "choose", "run_claims"]

@@ -1,6 +1,6 @@
 """Commands: parse, call, print. Heavy imports happen inside a command, so that `--help` answers at once.
 
-May import: server, sweep, verify, train, engine, baselines, store, inject, formats, bases, data, analysis,
+May import: claims, server, sweep, verify, train, engine, baselines, store, inject, formats, bases, data, analysis,
 planning, scoring, lora, errors.
 """
 

@@ -12,6 +12,7 @@ from lorasmith.cli import (
     advise,
     bench,
     check,
+    claims,
     combine,
     compress,
     data,
@@ -64,6 +65,7 @@ app.command("check")(check.check)
 app.command("merge")(merge.merge)
 app.command("runs")(runs.runs)
 app.command("bench")(bench.bench)
+app.command("claims")(claims.claims)
 app.command("inspect")(inspect_adapter.inspect)
 app.command("compress")(compress.compress)
 app.command("combine")(combine.combine)

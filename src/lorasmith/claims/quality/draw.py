@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.claims.claim import Measured
+from lorasmith.claims.drawing import BLUE, GREY, INK, SOFT, TEAL, figure, label
 from lorasmith.claims.quality.statistics import spread
 
-COLOURS = {"lora": "#0b6e4f", "full": "#b0413e"}
+COLOURS = {"lora": TEAL, "full": BLUE}
 ORDER = ("base", "tf-idf", "bitfit", "prefix", "houlsby", "full", "lora")
 SHORT = {
     "base": "untuned", "tf-idf": "TF-IDF, SVM", "bitfit": "BitFit", "prefix": "prefix", "houlsby": "Houlsby",
@@ -18,29 +19,24 @@ SHORT = {
 
 def draw(measured: Measured, path: Path) -> None:
     """One panel a task: a bar for the mean, a dot for each seed, the trained parameters beside the name."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tasks = {name: part for name, part in measured.figures.items() if isinstance(part, dict)}
-    figure = Figure(figsize=(max(5.2, 3.9 * len(tasks)), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for axis, (task, part) in zip(axes, tasks.items(), strict=True):
-        _panel(axis, task, part)
-    figure.savefig(path, dpi=150)
+    with figure(path, len(tasks)) as panels:
+        for panel, (task, part) in zip(panels, tasks.items(), strict=True):
+            _bars(panel, task, part)
 
 
-def _panel(axis: Any, task: str, part: dict[str, Any]) -> None:
+def _bars(panel: Any, task: str, part: dict[str, Any]) -> None:
     names = [name for name in ORDER if name in part["scores"]]
     for place, name in enumerate(names):
         values = [run[part["headline"]] for run in part["scores"][name]]
-        colour = COLOURS.get(name, "#8a8f98")
-        axis.barh(place, spread(values)[0], color=colour, alpha=0.45, height=0.62)
-        axis.plot(values, [place] * len(values), "o", color=colour, markersize=4.5, markeredgecolor="white")
-    axis.set_yticks(range(len(names)), [_label(name, part) for name in names])
-    axis.set(title=task, xlabel=part["headline"])
-    axis.set_xlim(left=0)
-    axis.spines[["top", "right"]].set_visible(False)
+        mean, colour = spread(values)[0], COLOURS.get(name, SOFT)
+        panel.barh(place, mean, color=COLOURS.get(name, GREY), alpha=0.55, height=0.62)
+        panel.plot(values, [place] * len(values), "o", color=colour, markersize=5, markeredgecolor="white")
+        text = f"  {mean:.1f}"
+        panel.text(max(*values, mean), place, text, va="center", fontsize=8, color=INK)
+    label(panel, task, part["headline"])
+    panel.set_yticks(range(len(names)), [_label(name, part) for name in names])
+    panel.set_xlim(0, 1.15 * panel.get_xlim()[1])
 
 
 def _label(name: str, part: dict[str, Any]) -> str:
