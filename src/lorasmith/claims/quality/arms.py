@@ -175,10 +175,12 @@ def _trained(
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
         held_out = list(data.validation) if evaluates else None
-        yield (
-            train(base, list(data.train), LoRAConfig(), settings, out=out, eval_data=held_out, quiet=True),
-            out,
+        result = train(
+            base, list(data.train), LoRAConfig(), settings, out=out, eval_data=held_out, quiet=True
         )
+        if result.interrupted:  # half a run is not a result
+            raise KeyboardInterrupt
+        yield result, out
 
 
 def _answers(base: Base, arm: Arm, result: TrainResult, folder: Path, data: Data) -> list[str]:

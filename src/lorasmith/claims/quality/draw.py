@@ -1,4 +1,4 @@
-"""The picture of the claim: each method's score on each task, seed by seed, against what it trains."""
+"""The picture of a claim: each method's score, seed by seed, beside what it trains."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ SHORT = {
 
 
 def draw(measured: Measured, path: Path) -> None:
-    """One panel a task: a bar for the mean, a dot for each seed, the trained parameters beside the name."""
-    tasks = {name: part for name, part in measured.figures.items() if isinstance(part, dict)}
-    with figure(path, len(tasks)) as panels:
-        for panel, (task, part) in zip(panels, tasks.items(), strict=True):
-            _bars(panel, task, part)
+    """A bar for each method's mean, a dot for each seed; what it trains beside its name."""
+    part: Any = measured.figures
+    with figure(path, height=3.6) as (panel,):
+        if not part:
+            panel.text(0.5, 0.5, "measured by the full run alone", ha="center", color=SOFT)
+            panel.set_axis_off()
+            return
+        _bars(panel, part)
 
 
-def _bars(panel: Any, task: str, part: dict[str, Any]) -> None:
+def _bars(panel: Any, part: Any) -> None:
     names = [name for name in ORDER if name in part["scores"]]
     for place, name in enumerate(names):
         values = [run[part["headline"]] for run in part["scores"][name]]
         mean, colour = spread(values)[0], COLOURS.get(name, SOFT)
         panel.barh(place, mean, color=COLOURS.get(name, GREY), alpha=0.55, height=0.62)
         panel.plot(values, [place] * len(values), "o", color=colour, markersize=5, markeredgecolor="white")
-        text = f"  {mean:.1f}"
-        panel.text(max(*values, mean), place, text, va="center", fontsize=8, color=INK)
-    label(panel, task, part["headline"])
+        panel.text(max(*values, mean), place, f"   {mean:.1f}", va="center", fontsize=8, color=INK)
+    label(panel, "mean, and each seed", part["headline"])
     panel.set_yticks(range(len(names)), [_label(name, part) for name in names])
     panel.set_xlim(0, 1.15 * panel.get_xlim()[1])
 
 
-def _label(name: str, part: dict[str, Any]) -> str:
+def _label(name: str, part: Any) -> str:
     costs = part["costs"].get(name)
     return SHORT[name] + (f"\n{_count(costs[0]['params'])}" if costs else "")
 

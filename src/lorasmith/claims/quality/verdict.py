@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lorasmith.claims.claim import Holds
@@ -11,10 +10,9 @@ MARGIN = 3.0
 """Points of a task's headline metric (0…100). The paper's own differences are +2.2 (E2E) and +0.2 (WikiSQL)."""
 SEEDS_NEEDED = 3
 RULE = (
-    f"On a par or better: the 95 % interval of (LoRA - full fine-tuning) lies above -{MARGIN:g} points. "
-    "Worse: it lies below 0 and reaches below that. The claim holds if every task is on a par or better, does not "
-    "hold if one is worse, and is undecided at this scale otherwise, with fewer than three seeds, or where full "
-    "fine-tuning itself does not beat the untuned base."
+    f"It holds (on a par or better) if the 95 % interval of (LoRA - full fine-tuning) lies above -{MARGIN:g} points; it "
+    "does not hold (worse) if that interval lies below 0 and reaches below the margin; else, with fewer than three "
+    "seeds, or where full fine-tuning itself does not beat the untuned base, nothing can be said at this scale."
 )
 
 
@@ -34,18 +32,10 @@ class Compared:
     full: float
 
     @property
-    def finding(self) -> str:
-        """ "on a par or better", "worse" or "undecided"."""
+    def holds(self) -> Holds:
+        """The rule."""
         if self.seeds < SEEDS_NEEDED or self.full <= self.base:
-            return "undecided"
+            return Holds.NOT_AT_THIS_SCALE
         if self.low > -MARGIN:
-            return "on a par or better"
-        return "worse" if self.high < 0 else "undecided"
-
-
-def verdict(tasks: Mapping[str, Compared], asked: Sequence[str]) -> Holds:
-    """The rule over the tasks that were asked for; one that was not measured leaves it undecided."""
-    findings = [tasks[name].finding if name in tasks else "undecided" for name in asked]
-    if "worse" in findings:
-        return Holds.NO
-    return Holds.YES if set(findings) == {"on a par or better"} else Holds.NOT_AT_THIS_SCALE
+            return Holds.YES
+        return Holds.NO if self.high < 0 else Holds.NOT_AT_THIS_SCALE
