@@ -3,7 +3,7 @@
 May import: baselines, inject, lora, formats, data, bases, planning, native, errors.
 """
 
-from lorasmith.train.batch import Layout, choose_layout, collate
+from lorasmith.train.batch import Batch, Layout, choose_layout, collate
 from lorasmith.train.checkpoint import Progress
 from lorasmith.train.config import TrainConfig, default_lr
 from lorasmith.train.evaluate import EvalLoss, evaluate_loss
@@ -21,6 +21,7 @@ from lorasmith.train.signals import Signals
 
 __all__ = [
     "RECOMPUTES",
+    "Batch",
     "EvalLoss",
     "Forward",
     "Head",
