@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from lorasmith.claims.claim import Claim
 from lorasmith.claims.learning import LEARNING
 from lorasmith.claims.mechanics import MECHANICS
+from lorasmith.claims.quality import QUALITY
 from lorasmith.errors import ConfigError, did_you_mean
 
-CLAIMS: tuple[Claim, ...] = (*MECHANICS, *LEARNING)  # *QUALITY goes here
+CLAIMS: tuple[Claim, ...] = (*MECHANICS, *LEARNING, *QUALITY)
 
 
 def choose(only: Sequence[str] = (), claims: Sequence[Claim] = CLAIMS) -> tuple[Claim, ...]:
