@@ -18,8 +18,10 @@ from lorasmith.train.result import TrainResult
 from lorasmith.train.sets import Sets
 from lorasmith.train.show import Show, peak_rss_bytes
 from lorasmith.train.signals import Signals
+from lorasmith.train.world import ALONE, World, is_first_to_say, partners, wait_for, world
 
 __all__ = [
+    "ALONE",
     "RECOMPUTES",
     "EvalLoss",
     "Forward",
@@ -34,6 +36,7 @@ __all__ = [
     "Signals",
     "TrainConfig",
     "TrainResult",
+    "World",
     "choose_layout",
     "collate",
     "commit",
@@ -42,6 +45,8 @@ __all__ = [
     "cross_entropy",
     "default_lr",
     "evaluate_loss",
+    "is_first_to_say",
+    "partners",
     "passes_of",
     "peak_rss_bytes",
     "plot_loss",
@@ -49,5 +54,7 @@ __all__ = [
     "split_model",
     "train",
     "versions",
+    "wait_for",
+    "world",
     "write_atomically",
 ]
