@@ -121,6 +121,11 @@ def _run(
 
     lora_config, train_config = LoRAConfig.from_dict(lora), TrainConfig.from_dict(settings)
     with world() as here:
+        if auto and here.size > 1:
+            raise ConfigError(
+                "--auto measures with one process, and torchrun started several. Run it alone, then give these "
+                "processes what it chose (its run.json)."
+            )
         device = here.device if here.size > 1 and train_config.shard == "none" else "cpu"
         base = load_base(str(places["base"]), dtype=places["dtype"] or "auto", device=device)
         decisions = None
@@ -135,11 +140,9 @@ def _run(
             base, places["data"], lora_config, train_config,
             out=places["out"], eval_data=places["eval_data"], resume=resume,
         )  # fmt: skip
-    if not here.is_first:
-        pass
-    elif as_json:
+    if as_json and here.is_first:
         print_json(result.to_dict() | ({"decisions": decisions} if auto else {}))
-    elif not result.interrupted:
+    elif here.is_first and not result.interrupted:
         best = f", evaluation loss {result.eval_loss:.4f}" if result.eval_loss is not None else ""
         say(f"done: training loss {result.train_loss:.4f}{best}, {result.tokens_per_s:,.0f} tokens/s")
         print(result.adapter_dir)

@@ -59,7 +59,7 @@ def shard_base(model: nn.Module, world: World) -> str:
 
 def local_bytes(tensor: Tensor) -> int:
     """Bytes of `tensor` in this process."""
-    here: Tensor = tensor.to_local() if _is_part(tensor) else tensor  # type: ignore[operator]
+    here: Tensor = tensor.to_local() if _is_part(tensor) else tensor  # type: ignore[attr-defined]
     return here.nbytes
 
 

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class World:
     Attributes:
         rank: number of this process, from 0. size: how many there are.
         local_rank: number on this machine. local_size: how many share it.
-        launch: what outlives a restart of the processes by torchrun; None outside of it.
+        board: a table of keys that all see; torchrun's own outlives a restart of its processes.
         is_sharded: the base is spread over them, so all must make the same passes.
     """
 
@@ -47,7 +47,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    launch: dist.Store | None = None
+    board: Any = None
     is_sharded: bool = False
 
     @property
@@ -71,7 +71,7 @@ class World:
             count = torch.get_num_threads()
             threads = f", {count} thread{'s' if count > 1 else ''} each"
             threads += " (torchrun's default; OMP_NUM_THREADS sets it)" if count == 1 else ""
-        return (f"processes: {self.size} through {where}{threads}; gradients summed in float32",)
+        return (f"processes: {self.size} through {where}{threads}",)
 
     def reduce_(self, parameters: Iterable[nn.Parameter], *values: float) -> list[float]:
         """Sum gradients over all processes in place; returns the sums of `values` (in float64).
@@ -177,12 +177,12 @@ class World:
 
     def has_begun(self, folder: Path) -> bool:
         """Whether this very launch wrote into `folder` before torchrun started its processes again."""
-        return self.launch is not None and bool(self.launch.check([_begun(folder)]))
+        return self.board is not None and bool(self.board.check([_begun(folder)]))
 
     def note_begun(self, folder: Path) -> None:
         """Let a restart of this launch know that the run in `folder` is its own."""
-        if self.launch is not None and self.is_first:
-            self.launch.set(_begun(folder), "yes")
+        if self.board is not None and self.is_first:
+            self.board.set(_begun(folder), "yes")
 
 
 ALONE = World()
@@ -219,12 +219,12 @@ def world() -> Iterator[World]:
             ("LOCAL_WORLD_SIZE", "1"),
         )
     )
-    here = World(rank, size, local_rank, local_size, launch_store())
+    here = World(rank, size, local_rank, local_size)
     starts = size > 1 and not dist.is_initialized()
     if starts:
         _start(here)
     try:
-        yield here
+        yield replace(here, board=_board() if size > 1 or _has_agent() else None)
     finally:
         if starts:
             dist.destroy_process_group()
@@ -259,32 +259,31 @@ def _start(here: World) -> None:
         ) from error
 
 
-def launch_store() -> dist.Store | None:
-    """torchrun's own table of keys, which lives as long as the launch; None where there is none."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    try:
-        return dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=20),
-        )
-    except RuntimeError:
-        return None
+def _has_agent() -> bool:
+    """Whether torchrun keeps the table of keys; else the first process does, and it goes with it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _board() -> Any:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=False, timeout=timedelta(seconds=30)
+    )
 
 
 def is_first_to_say(text: str) -> bool:
     """Whether no other process of this launch has said this yet: one message, not one from each process."""
-    store = launch_store() if is_launched() else None
-    if store is None:
+    if not (is_launched() and _has_agent()):
         return True
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = f"lorasmith/said/{attempt}/{hashlib.sha256(text.encode()).hexdigest()}"
-    return store.add(key, 1) == 1
+    try:
+        return int(_board().add(key, 1)) == 1
+    except RuntimeError:  # rather twice than never
+        return True
 
 
-def wait_for(store: dist.Store, keys: Sequence[str], stop: Callable[[], bool]) -> bool:
+def wait_for(store: Any, keys: Sequence[str], stop: Callable[[], bool]) -> bool:
     """Wait until every key is set; False if `stop` became true before."""
     while not store.check(list(keys)):
         if stop():
