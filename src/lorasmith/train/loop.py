@@ -100,8 +100,8 @@ def train(
             with run.adapted_model():
                 return run.go(resume=goes_on, started=started, on_step=on_step)
         finally:
-            if is_new and not any(folder.iterdir()):  # refused before anything was written
-                with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                if is_new and not any(folder.iterdir()):  # refused before anything was written
                     folder.rmdir()
 
 
