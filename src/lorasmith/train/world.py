@@ -249,14 +249,28 @@ def _start(here: World) -> None:
     if here.device.type == "cuda":
         torch.cuda.set_device(here.device)
     try:
-        dist.init_process_group(
-            "gloo" if here.device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=PATIENCE
+        backend = "gloo" if here.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        meeting = (
+            {"store": _meeting(here), "rank": here.rank, "world_size": here.size} if _has_agent() else {}
         )
+        dist.init_process_group(backend, timeout=PATIENCE, **meeting)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"The {here.size} processes of this run could not find each other at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _meeting(here: World) -> Any:
+    """A part of torchrun's table for this start alone.
+
+    torch 2.13 keeps one table for all starts of a launch and its own set-up looks in it for what the processes
+    of this start wrote: it finds addresses of those that died, and waits for them for ever (dev/LOG.md).
+    """
+    table = _board()
+    start = f"lorasmith/start/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{here.size}"
+    again = int(table.add(f"{start}/{here.rank}", 1))  # without a failure too: machines come and go
+    return dist.PrefixStore(f"{start}/{again}", table)  # type: ignore[attr-defined]
 
 
 def _has_agent() -> bool:
