@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,10 @@ def files(out: Path) -> set[str]:
 def runs(tmp_path_factory) -> Path:
     """Each job by one process, by two and some by four: `FOLDER/1/plain`, …; and what was said, `FOLDER/2.txt`."""
     folder = tmp_path_factory.mktemp("together")
-    for name in JOBS:
-        train_job(job(folder, 1, name, shard="none"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["lorasmith.train.loop"], "plot_loss", lambda *_: None)
+        for name in JOBS:
+            train_job(job(folder, 1, name, shard="none"))
     (folder / "2.txt").write_text(launch_jobs(folder, 2, [job(folder, 2, name) for name in JOBS]))
     (folder / "4").mkdir()
     (folder / "2" / "stopped").rename(folder / "4" / "stopped")

@@ -26,8 +26,6 @@ def train_job(job: dict[str, Any]) -> Any:
     from lorasmith.train import TrainConfig, train
     from tests.unit.test_train import base
 
-    sys.modules["lorasmith.train.loop"].plot_loss = lambda *_: None  # half of the time of so small a run
-
     def on_step(step: int) -> None:
         if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK") == "1":
             for key, number in (("killed_at", signal.SIGKILL), ("stopped_at", signal.SIGTERM)):
@@ -71,8 +69,9 @@ def launch_jobs(folder: Path, count: int, jobs: list[dict[str, Any]], *options: 
 
 
 def main() -> None:
-    from lorasmith.train import world
+    from lorasmith.train import loop, world
 
+    loop.plot_loss = lambda *_: None  # half of the time of so small a run
     with world():
         for job in json.loads(Path(sys.argv[1]).read_text()):
             train_job(job)

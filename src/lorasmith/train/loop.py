@@ -176,7 +176,7 @@ class Run:
             recompute=self.settings.recompute,
             flops=self._flops(),
             warm_up=self._warm_up,
-            keep_freed=self.settings.budget_bytes is None,
+            keep_freed=self.settings.budget_bytes is None and not self.world.is_sharded,
         ) as self.policy:
             return self._run(resume=resume, started=started, on_step=on_step)
 

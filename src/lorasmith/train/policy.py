@@ -68,7 +68,7 @@ def computing(
         flops: of the whole run, for the choice of whether to compile.
         warm_up: one forward and backward pass, for what must be compiled first.
         keep_freed: freed memory stays for the next step, which is faster; else it goes back at once, as a
-            budget wants it.
+            budget wants it and a sharded base, whose layers come and go.
     """
     with ExitStack() as stack:
         stack.callback(_manage_heap(keep_freed=keep_freed))
