@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -43,8 +44,17 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except LoraSmithError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if _is_first_to_say(str(error)):
+                print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from None
+
+
+def _is_first_to_say(text: str) -> bool:
+    if "RANK" not in os.environ:
+        return True
+    from lorasmith.train import is_first_to_say
+
+    return is_first_to_say(text)
 
 
 app = typer.Typer(

@@ -34,6 +34,7 @@ class Planned:
         trained: what LoRA would train.
         steps: optimizer steps in all.
         runtime_bytes: what this very process holds without weights.
+        processes: that share each step; all figures are of one of them.
     """
 
     name: str
@@ -49,9 +50,19 @@ class Planned:
     order: Steps
     layout: Layout
     runtime_bytes: int
+    processes: int = 1
 
     @classmethod
-    def read(cls, base: str, data: Path, config: LoRAConfig, settings: TrainConfig, *, dtype: str) -> Planned:
+    def read(
+        cls,
+        base: str,
+        data: Path,
+        config: LoRAConfig,
+        settings: TrainConfig,
+        *,
+        dtype: str,
+        processes: int = 1,
+    ) -> Planned:
         """Build the skeleton, encode the data and lay out its steps."""
         from lorasmith.bases import load_skeleton, load_tokenizer, pick_dtype
         from lorasmith.data import read_records
@@ -75,6 +86,7 @@ class Planned:
             order=order,
             layout=layout,
             runtime_bytes=resident_bytes(),
+            processes=processes,
         )
 
     @property
@@ -101,14 +113,16 @@ class Planned:
             file_itemsize=self.skeleton.file_itemsize,
             is_mapped=self.skeleton.file_itemsize == self.decoder.itemsize,
             gives_back=self.settings.budget_bytes is not None,
+            sharded_over=self.processes if (method, self.settings.shard) == ("lora", "base") else 1,
         )  # fmt: skip
 
     def _passes(self, batch_tokens: int) -> tuple[list[list[Pass]], list[list[Pass]]]:
-        from lorasmith.train import passes_of
+        from lorasmith.train import World, passes_of
 
         return passes_of(
-            self.layout, self.encoded.examples, self.order, total=self.steps, batch_tokens=batch_tokens
-        )
+            self.layout, self.encoded.examples, self.order, total=self.steps, batch_tokens=batch_tokens,
+            world=World(size=self.processes),
+        )  # fmt: skip
 
     def estimate(self, machine: Machine, method: Method, factor: float) -> Estimate:
         """Memory, operations and time of one method."""
@@ -159,7 +173,12 @@ class Planned:
         largest = lora["largest_pass"]
         by_layer = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in lora["by_layer"].items())
         why = {
-            "weights_bytes": f"{self.decoder.params:,} of {self.decoder.itemsize} bytes",
+            "weights_bytes": f"{self.decoder.params:,} of {self.decoder.itemsize} bytes"
+            + (
+                f", layers spread over {self.processes} processes"
+                if lora["weights_bytes"] < full["weights_bytes"]
+                else ""
+            ),
             "adapter_bytes": "Σ rank·(in + out), float32",
             "gradient_bytes": "one for each trained number",
             "optimizer_bytes": "Adam: two moments each",

@@ -5,6 +5,7 @@ May import: train, inject, lora, formats, data, bases, errors.
 
 from lorasmith.sweep.grid import Point, parse_grid, points
 from lorasmith.sweep.halving import Halving
-from lorasmith.sweep.sweep import SweepResult, sweep
+from lorasmith.sweep.result import SweepResult
+from lorasmith.sweep.sweep import sweep
 
 __all__ = ["Halving", "Point", "SweepResult", "parse_grid", "points", "sweep"]

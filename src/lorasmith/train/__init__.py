@@ -19,8 +19,10 @@ from lorasmith.train.result import TrainResult
 from lorasmith.train.sets import Sets
 from lorasmith.train.show import Show, peak_rss_bytes
 from lorasmith.train.signals import Signals
+from lorasmith.train.world import ALONE, World, is_first_to_say, partners, wait_for, world
 
 __all__ = [
+    "ALONE",
     "RECOMPUTES",
     "Batch",
     "Bench",
@@ -37,6 +39,7 @@ __all__ = [
     "Signals",
     "TrainConfig",
     "TrainResult",
+    "World",
     "choose_layout",
     "collate",
     "commit",
@@ -45,8 +48,10 @@ __all__ = [
     "cross_entropy",
     "default_lr",
     "evaluate_loss",
+    "is_first_to_say",
     "measure_dimension",
     "nats_of_completions",
+    "partners",
     "passes_of",
     "peak_rss_bytes",
     "plot_loss",
@@ -56,5 +61,7 @@ __all__ = [
     "split_model",
     "train",
     "versions",
+    "wait_for",
+    "world",
     "write_atomically",
 ]

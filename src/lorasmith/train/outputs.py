@@ -23,7 +23,7 @@ def prepare_folder(out: Path, resume: bool) -> Path:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
+        probe = out / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -50,6 +50,19 @@ class Metrics:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class NoMetrics(Metrics):
+    """Those of a process that writes no files."""
+
+    def __init__(self) -> None:
+        pass
+
+    def add(self, **row: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
