@@ -174,9 +174,9 @@ def llama_like(
     }
     linears = {f"model.layers.{n}.{path}": shape for n in range(layers) for path, shape in shapes.items()}
     table = vocabulary * width
-    norms = (2 * layers + 1) * width
+    blocks = sum(a * b for a, b in linears.values()) + 2 * layers * width
     return Decoder(
-        params=sum(a * b for a, b in linears.values()) + norms + table * (1 if is_tied else 2),
+        params=blocks + width + table * (1 if is_tied else 2),
         itemsize=itemsize,
         linears=linears,
         layers=layers,
@@ -187,6 +187,8 @@ def llama_like(
         mlp_width=mlp_width,
         vocabulary=vocabulary,
         untied_embeddings=0 if is_tied else table,
+        layer_params=blocks,
+        largest_layer_params=blocks // layers,
     )
 
 
