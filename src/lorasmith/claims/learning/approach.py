@@ -42,7 +42,7 @@ def full_arm(s: Sizes, pairs: int | None = None) -> Arm:
 def tuned_full(setting: Setting) -> Tuned:
     """Full fine-tuning at its best rate."""
     s = sizes(setting)
-    return tune(setting, [full_arm(s)], s.full_rates, s.seeds)[full_arm(s)]
+    return tune(setting, [full_arm(s)], s.full_rates, s.full_seeds)[full_arm(s)]
 
 
 def measure(setting: Setting) -> Measured:

@@ -42,7 +42,7 @@ def measure(setting: Setting) -> Measured:
         found["LoRA"][few] = tune(setting, [lora], s.rates, s.seeds)[lora]
         found["prefix"][few] = tune(setting, [prefix], s.prefix_rates, s.seeds)[prefix]
         full = full_arm(s, few)  # one seed: it costs most
-        found["full"][few] = tune(setting, [full], s.full_rates, s.seeds[:1])[full]
+        found["full"][few] = tune(setting, [full], s.full_rates, s.full_seeds[:1])[full]
     return judge({method: dict(sorted(curve.items())) for method, curve in found.items()})
 
 

@@ -19,6 +19,7 @@ class Sizes:
         held_out: records that every loss is measured on.
         rates: learning rates that a method tries with the first seed.
         seeds: of the factors and the data order; those after the first train at the chosen rate alone.
+        full_seeds: the same for full fine-tuning, which costs most.
         ranks, qv_ranks: of LoRA on all linear layers, and on q and v.
         few: numbers of records of the low-data runs, besides `pairs`.
         lengths: virtual tokens of the prefixes.
@@ -29,6 +30,7 @@ class Sizes:
     steps: int
     held_out: int
     seeds: tuple[int, ...]
+    full_seeds: tuple[int, ...]
     rates: tuple[float, ...]
     full_rates: tuple[float, ...]
     prefix_rates: tuple[float, ...]
@@ -50,6 +52,7 @@ FULL = Sizes(
     steps=16,
     held_out=48,
     seeds=(0, 1),
+    full_seeds=(0, 1),
     rates=(1.5e-3, 4e-3),
     full_rates=(1e-4, 2e-4),
     prefix_rates=(1e-3, 4e-3),
@@ -62,17 +65,18 @@ FULL = Sizes(
     byte_steps=300,
 )
 QUICK = Sizes(
-    steps=4,
-    held_out=24,
+    steps=3,
+    held_out=16,
     seeds=(0, 1),
+    full_seeds=(0,),
     rates=(4e-3,),
     full_rates=(2e-4,),
     prefix_rates=(4e-3,),
     ranks=(1, 64),
     qv_ranks=(8, 64),
     few=(8,),
-    lengths=(1, 16, 64),
-    dimensions=(64, 1024, 16384),
+    lengths=(1, 16),
+    dimensions=(256, 16384),
     projections=1,
     byte_steps=60,
 )
