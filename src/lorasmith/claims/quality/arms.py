@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ def best_rate(setting: Setting, arm: Arm, data: Data) -> dict[str, Any]:
     losses = {}
     for rate in arm.rates:
         key = data.key(arm) | {"part": "search", "rate": rate, "steps": data.search_steps}
-        losses[f"{rate:g}"] = setting.cached(key, lambda rate=rate: _searched(setting, arm, data, rate))
+        losses[f"{rate:g}"] = setting.cached(key, partial(_searched, setting, arm, data, rate))
     best = min(losses, key=lambda name: (losses[name] is None, losses[name]))
     return {"rate": float(best), "losses": losses}
 
