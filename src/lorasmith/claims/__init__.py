@@ -9,7 +9,8 @@ May import: sweep, train, engine, baselines, inject, formats, bases, data, analy
 from __future__ import annotations
 
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
+from lorasmith.claims.quality import Rescored, rescore
 from lorasmith.claims.registry import CLAIMS, choose
 from lorasmith.claims.runner import run_claims
 
-__all__ = ["CLAIMS", "Claim", "Holds", "Measured", "Setting", "choose", "run_claims"]
+__all__ = ["CLAIMS", "Claim", "Holds", "Measured", "Rescored", "Setting", "choose", "rescore", "run_claims"]
