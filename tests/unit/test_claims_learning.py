@@ -122,6 +122,7 @@ def test_approach_rule_in_all_directions():
     assert holds(near(1.01), rising) is NO
     assert holds(near(1.4)) is NO
     assert holds(tuned(0.8, 1.3)) is UNTOLD
+    assert approach.judge({1: near(1.01), 64: near(1.02)}, near(1.0), falling, {}).holds is UNTOLD
 
 
 def test_prefix_rule_in_all_directions():

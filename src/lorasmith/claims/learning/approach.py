@@ -56,13 +56,15 @@ def measure(setting: Setting) -> Measured:
 def judge(
     ranks: Mapping[int, Tuned], full: Tuned, of_full: Mapping[int, float], of_lora: Mapping[int, float]
 ) -> Measured:
-    """Holds if the largest rank is near full fine-tuning, and the full update's loss falls with its rank."""
+    """Holds if the largest rank is near full fine-tuning and nearer than the least, and the full update's loss falls."""
     top, least = max(ranks), min(ranks)
     spread = pooled(t.losses for t in (*ranks.values(), full))
     gain = full.base_loss - full.mean
     gaps = {r: difference(t.losses, full.losses, spread) for r, t in ranks.items()}
     falls = monotone(of_full, gain)
-    verdict = all_of(below(gaps[top], NEAR * gain), Holds.YES if falls else Holds.NO)
+    narrows = below(difference(ranks[top].losses, ranks[least].losses, spread), 0.0)
+    grows = Holds.YES if narrows is Holds.YES else Holds.NOT_AT_THIS_SCALE  # a rank of 1 is near already
+    verdict = all_of(below(gaps[top], NEAR * gain), Holds.YES if falls else Holds.NO, grows)
     kept = (full.base_loss - of_full[min(of_full)]) / gain
     rows: list[dict[str, Any]] = [
         {"what": f"LoRA r={r}", "learning rate": t.lr, "loss": t.mean, "losses": list(t.losses), "above full": str(gaps[r])}
@@ -73,6 +75,11 @@ def judge(
         f"Above full fine-tuning ({full.mean:.3f}, from {full.base_loss:.3f}): rank {least} {gaps[least]}, rank {top} "
         f"{gaps[top]} nats per token. Full fine-tuning's own update cut to rank {min(of_full)} keeps {kept:.0%} of its "
         f"gain, and its loss {'falls' if falls else 'does not fall'} with the rank."
+        + (
+            ""
+            if narrows is Holds.YES
+            else f" Trained, rank {top} is not nearer than rank {least}, so the approach itself can't be seen here."
+        )
     )
     return Measured(verdict, said, {
         "sd_of_a_run": spread.sd, "base_loss": full.base_loss, "full_loss": full.mean,
@@ -163,7 +170,8 @@ CLAIM = Claim(
     "rate; then full fine-tuning's own change of the linear layers, and that of LoRA at the largest rank, cut by SVD to "
     f"ranks {', '.join(map(str, CUTS))}. Full: {described(FULL)}, full fine-tuning's rates {FULL.full_rates}. Quick: "
     f"{described(QUICK)}, rate {QUICK.full_rates[0]:g}. It holds if the largest rank lacks less than 10 % of full "
-    "fine-tuning's gain, with 95 % confidence, and the cut update's loss falls with its rank.",
+    "fine-tuning's gain and is nearer than the least rank, with 95 % confidence, and the cut update's loss falls with its rank. "
+    "Not at this scale if the least rank is as near.",
     expected="GPT-3: LoRA of 37.7 M parameters at or above full fine-tuning on WikiSQL (74.0 / 73.8) and MNLI (91.6 / 89.5).",
     measure=measure,
     draw=draw,
