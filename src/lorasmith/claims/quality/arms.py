@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import tempfile
@@ -226,6 +227,10 @@ def _asked(engine: Any, base: Base, adapter: str | None, data: Data) -> list[str
 
 def reset_peak() -> None:
     """Let the peak of this process's memory begin anew, where the system can (Linux)."""
+    from lorasmith.planning import trim_heap
+
+    gc.collect()  # what the run before left would count as this one's
+    trim_heap()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -145,6 +145,8 @@ def _claim(task: str, title: str, source: str, expected: str, *, more: str) -> C
         "three seeds. Greedy answers, cut at the first line; the test set is asked once a run, and every answer is kept "
         "(predictions/). LoRA and prefix train float32 numbers beside a base in the machine's own dtype (bfloat16 where it "
         "has it); the methods that train numbers of the base itself, or biases added to it, have it in float32. "
+        "Prefix's trained numbers include the network that is dropped afterwards. Peak memory is that of the process, in "
+        "which the runs follow each other: an upper bound. "
         f"{more} {RULE}"
     )
     return Claim(
