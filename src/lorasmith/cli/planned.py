@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasmith.errors import BudgetError
@@ -231,11 +230,12 @@ def measured_factor(planned: Planned, machine: Machine, base: str, data: Path, *
 def seconds_of_run(rows: Sequence[Mapping[str, Any]], tokens: float) -> float:
     """Seconds that so many tokens take, from the first steps of a run, each with its `step_s` and `tokens`.
 
-    The first step compiles kernels and grows the heap: what it took beyond the others' median is counted once.
+    The first step compiles kernels and grows the heap: what it took beyond the others' rate is counted once. The
+    others' mean, not their median: steps of new shapes compile too, and go on doing so.
     """
-    first, *others = [row["step_s"] / row["tokens"] for row in rows]
-    typical = median(others or [first])
-    return float(typical * tokens + max(0.0, first - typical) * rows[0]["tokens"])
+    first, others = rows[0], rows[1:] or rows
+    rate = sum(row["step_s"] for row in others) / sum(row["tokens"] for row in others)
+    return float(rate * tokens + max(0.0, first["step_s"] - rate * first["tokens"]))
 
 
 def _trained(model: Any, config: LoRAConfig) -> Trained:
