@@ -52,7 +52,7 @@ def plan(
     from lorasmith.cli.train import given, parse_targets, read_run_file
     from lorasmith.lora import LoRAConfig
     from lorasmith.planning import known_device, this_machine
-    from lorasmith.train import TrainConfig
+    from lorasmith.train import TrainConfig, limit_kept_kernels
 
     if measure and device:
         raise ConfigError("--measure runs on this machine; it cannot calibrate a device that is not here.")
@@ -66,6 +66,8 @@ def plan(
         flags, "batch_size", "batch_tokens", "max_length", "epochs", "max_steps", "packing",
         "kernels", "recompute", "shard",
     ))  # fmt: skip
+    if measure:
+        limit_kept_kernels()  # as `train` does, and before this process multiplies anything
     settings = replace(settings, budget_bytes=limit)
     planned = Planned.read(base, data, lora, settings, dtype=dtype, processes=processes)
     machine = known_device(device) if device else this_machine(planned.dtype, processes=processes)

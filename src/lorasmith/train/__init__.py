@@ -12,7 +12,7 @@ from lorasmith.train.loop import Run, train
 from lorasmith.train.loss import Head, cross_entropy
 from lorasmith.train.outputs import Metrics, commit, plot_loss, read_metrics, versions, write_atomically
 from lorasmith.train.parts import Parts, split_model
-from lorasmith.train.policy import computing
+from lorasmith.train.policy import computing, limit_kept_kernels
 from lorasmith.train.preflight import RECOMPUTES, computing_of, passes_of
 from lorasmith.train.probing import Bench, measure_dimension, nats_of_completions, range_test, run_in
 from lorasmith.train.result import TrainResult
@@ -49,6 +49,7 @@ __all__ = [
     "default_lr",
     "evaluate_loss",
     "is_first_to_say",
+    "limit_kept_kernels",
     "measure_dimension",
     "nats_of_completions",
     "partners",
