@@ -32,7 +32,8 @@ from lorasmith.train.shard import is_sharded
 LONG_RUN_FLOPS = 2e14
 """Where compiling (some 25 s) is small beside the run: about ten minutes at 300 GFLOP/s."""
 COMPILE_LIMIT_S = 180
-KERNELS_KEPT = 64
+KERNELS_KEPT = 192
+"""More than one pass of a decoder layer needs: of fewer, each layer would throw out what the next one uses."""
 
 
 @dataclass(frozen=True)
