@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import BaseOption, DtypeOption, JsonOption, parse_bytes, print_json, say
+from lorasmith.cli.options import (
+    BaseOption,
+    DtypeOption,
+    JsonOption,
+    QuantizeOption,
+    parse_bytes,
+    print_json,
+    say,
+)
 from lorasmith.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +52,7 @@ def plan(
         bool, typer.Option("--measure", help="Run six real steps to calibrate the time.")
     ] = False,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predict memory, disk and time; no weight is loaded unless --measure asks for it."""
@@ -58,6 +67,8 @@ def plan(
         raise ConfigError("--measure runs on this machine; it cannot calibrate a device that is not here.")
     if measure and processes > 1:
         raise ConfigError("--measure runs steps in this process alone; leave it out, or --processes.")
+    if quantize and (measure or shard == "base"):
+        raise ConfigError("--quantize goes with neither --measure nor --shard base; leave one of them out.")
     limit = parse_bytes(budget) if budget else None
     run = read_run_file(config) if config else {}
     asked = run.get("lora", {}) | given(flags, "rank")
@@ -69,7 +80,7 @@ def plan(
     if measure:
         limit_kept_kernels()  # as `train` does, and before this process multiplies anything
     settings = replace(settings, budget_bytes=limit)
-    planned = Planned.read(base, data, lora, settings, dtype=dtype, processes=processes)
+    planned = Planned.read(base, data, lora, settings, dtype=dtype, quantize=quantize, processes=processes)
     machine = known_device(device) if device else this_machine(planned.dtype, processes=processes)
     factor = measured_factor(planned, machine, base, data, dtype=dtype) if measure else 1.0
     result, fits = _result(planned, machine, limit, factor)

@@ -7,6 +7,7 @@ May import: errors.
 """
 
 from lorasmith.native.compile import is_enabled, load
+from lorasmith.native.folder import home
 from lorasmith.native.threads import release_threads
 
-__all__ = ["is_enabled", "load", "release_threads"]
+__all__ = ["home", "is_enabled", "load", "release_threads"]

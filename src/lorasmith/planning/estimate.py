@@ -132,6 +132,7 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     if trained.is_full:  # the dense gradients of embedding and head, before they are added to what there is
         in_backward += 2 * d.itemsize * d.vocabulary * d.width
     moment = max(activations + (state if accumulates or not trained.is_full else 0), in_backward)
+    moment += 0 if trained.is_full else d.unpacked_bytes
     allocator = 0 if machine.is_cuda else heap_holes(job, largest)
     peak = runtime + max(constant + moment + allocator, _loading(job))
     flops, seconds = _work(job, machine)
@@ -156,6 +157,8 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     )
 
 
+QUANTISING_BYTES = 20
+"""Of each weight of a layer while it is quantised: the file's page, and what `quantise_nf4` makes in float32."""
 GATHERED_LAYERS = 3
 """Of a sharded base: the layer that computes, the next, and the buffer through which they come."""
 
@@ -164,7 +167,7 @@ def weights_here(job: Job) -> int:
     """Bytes of the base in one process."""
     d, n = job.decoder, job.sharded_over
     if n == 1:
-        return d.params * d.itemsize
+        return d.params * d.itemsize if job.trained.is_full else d.weights_bytes
     spread = d.layer_params + d.untied_embeddings
     gathered = max(GATHERED_LAYERS * d.largest_layer_params, d.untied_embeddings)
     return (d.params - spread + -(-spread // n) + gathered) * d.itemsize
@@ -202,6 +205,8 @@ def _loading(job: Job) -> int:
     """While the base is read: its weights, and the file's pages where they are converted to another dtype."""
     d = job.decoder
     file = job.file_itemsize or d.itemsize
+    if d.packed is not None and not job.trained.is_full:  # layer by layer
+        return d.weights_bytes + QUANTISING_BYTES * d.packed.largest
     if job.sharded_over > 1 and file == d.itemsize:  # each process reads its part of the file alone
         return weights_here(job)
     return d.params * (d.itemsize + (file if file != d.itemsize else 0))

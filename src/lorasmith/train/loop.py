@@ -22,6 +22,7 @@ from lorasmith.errors import TrainingError
 from lorasmith.inject import lora_layers
 from lorasmith.lora import Adapter, LoRAConfig
 from lorasmith.planning import resident_bytes, trim_heap
+from lorasmith.quantised import quantisation_of
 from lorasmith.train.announce import announce
 from lorasmith.train.batch import Batch, Layout, choose_layout
 from lorasmith.train.checkpoint import (
@@ -122,7 +123,7 @@ class Run:
         self.base, self.config, self.asked, self.sets = base, config, settings, sets
         self.width = int(getattr(base.model.config, "hidden_size", 576))
         self.settings = settings = settings.resolved(width=self.width)
-        self.method = method_of(settings, config, base.tokenizer)
+        self.method = method_of(settings, config, base.tokenizer, quantised=quantisation_of(base.model))
         self.folder, self.quiet = folder, quiet or not world.is_first
         self.world = replace(world, is_sharded=settings.shard == "base")
         require_enough(settings.batch_size, len(sets.train.examples), world)

@@ -22,6 +22,7 @@ from torch import nn
 
 from lorasmith.bases import attention, home
 from lorasmith.inject import LoRALayer
+from lorasmith.quantised import quantisation_of
 from lorasmith.train.attention import causal_attention
 from lorasmith.train.config import KernelsName, RecomputeName
 from lorasmith.train.elementwise import operations
@@ -96,6 +97,8 @@ def computing(
             said = "not asked, or the run is short"
             if wanted and is_sharded(model):
                 said = "compiled layers need their weights whole, and the base is sharded"
+            elif wanted and quantisation_of(model):
+                said = "compiled layers need weights, and the base is quantised"
             elif wanted:
                 said = stack.enter_context(_compiled(model, warm_up))
             chosen = "inductor" if said == "" else "plain"

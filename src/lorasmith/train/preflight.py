@@ -33,6 +33,7 @@ from lorasmith.planning import (
     this_machine,
     trim_heap,
 )
+from lorasmith.quantised import quantisation_of
 from lorasmith.train.batch import Batch, Layout
 from lorasmith.train.config import TrainConfig
 from lorasmith.train.elementwise import operations
@@ -97,7 +98,9 @@ def preflight(run: Run, before: Mapping[str, Any] | None = None) -> Preflight:
         )
     # By now every weight was touched once, so what is resident is them and the runtime.
     trim_heap()
-    runtime = max(FLOOR_BYTES, resident_bytes() - sum(map(local_bytes, run.model.parameters())))
+    packed = quantisation_of(run.model)
+    held = sum(map(local_bytes, run.model.parameters())) + (packed.stored_bytes if packed else 0)
+    runtime = max(FLOOR_BYTES, resident_bytes() - held)
     on_cpu = next(run.model.parameters()).device.type == "cpu"
     machine = replace(this_machine(None, processes=run.world.local_size), is_cuda=not on_cpu)
     limit = machine if budget is None else replace(machine, name="the budget", memory_bytes=budget)
