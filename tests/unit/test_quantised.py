@@ -235,7 +235,7 @@ def test_layers_that_share_an_input_are_computed_once(kind):
     calls = []
     layer = quantised.model.layers[0].self_attn.q_proj
     own = type(layer).dequantise
-    layer.dequantise = lambda dtype: (calls.append(dtype), own(layer, dtype))[1]
+    layer.dequantise = lambda dtype, **place: (calls.append(dtype), own(layer, dtype, **place))[1]
     quantised.zero_grad()
     quantised(tokens()).logits.float().log_softmax(-1)[..., 3].sum().backward()
     assert len(calls) == 1  # forward only: the first layer's input needs no gradient

@@ -294,7 +294,7 @@ def _layers(tensors: Sequence[Tensor | None], spec: Spec) -> list[_Layer]:
 
 
 def _whole(W: Tensor | QuantisedLinear, like: Tensor) -> Tensor:
-    return W if isinstance(W, Tensor) else W.dequantise(like.dtype)
+    return W if isinstance(W, Tensor) else W.borrow(like.dtype)
 
 
 def _columns(layers: Sequence[_Layer]) -> list[slice]:

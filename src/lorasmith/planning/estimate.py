@@ -157,8 +157,8 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     )
 
 
-QUANTISING_BYTES = 20
-"""Of each weight of a layer while it is quantised: the file's page, and what `quantise_nf4` makes in float32."""
+QUANTISING_BYTES = 6
+"""Of each weight of a layer while it is quantised: the file's page, and its codes twice."""
 GATHERED_LAYERS = 3
 """Of a sharded base: the layer that computes, the next, and the buffer through which they come."""
 

@@ -38,6 +38,8 @@ NF4_VALUES = (
     1.0,
 )
 TINY = 1e-38
+PIECE = 1 << 20
+"""Numbers that are quantised at once: what is formed of them in float32 stays small. A multiple of every block."""
 
 
 def quantise_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,18 +50,31 @@ def quantise_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         uint8 (blocks · 32,) and float32 (blocks,).
     """
-    blocks = _blocks(weight.detach().float().reshape(-1), NF4_BLOCK)
+    pieces = weight.detach().reshape(-1).split(PIECE)
+    codes, absmax = zip(*map(_nf4_piece, pieces), strict=True)
+    return torch.cat(codes), torch.cat(absmax)
+
+
+def _nf4_piece(flat: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = _blocks(flat.float(), NF4_BLOCK)
     absmax = blocks.abs().amax(1)
-    nearest = _nearest(blocks, absmax, nf4_values(weight.device)).view(-1, 2)
+    nearest = _nearest(blocks, absmax, nf4_values(flat.device)).view(-1, 2)
     return (nearest[:, 0] << 4) | nearest[:, 1], absmax
 
 
-def dequantise_nf4(codes: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """value(code) · absmax of its block, formed in float32 and rounded once."""
-    out = torch.empty(len(absmax), NF4_BLOCK, dtype=dtype, device=codes.device)
-    if not unpack_nf4(codes, absmax, nf4_values(codes.device), out):
-        _unpack_in_pieces(codes, absmax, out)
-    return out.view(-1)[: torch.Size(shape).numel()].view(shape)
+def dequantise_nf4(
+    codes: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, out: Tensor | None = None
+) -> Tensor:
+    """value(code) · absmax of its block, formed in float32 and rounded once.
+
+    Args:
+        out: where the numbers go, (blocks · 64,) of `dtype`; by default into a new tensor.
+    """
+    out = torch.empty(len(absmax) * NF4_BLOCK, dtype=dtype, device=codes.device) if out is None else out
+    blocks = out.view(-1, NF4_BLOCK)
+    if not unpack_nf4(codes, absmax, nf4_values(codes.device), blocks):
+        _unpack_in_pieces(codes, absmax, blocks)
+    return out[: torch.Size(shape).numel()].view(shape)
 
 
 def quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,20 +97,29 @@ def dequantise_scales(codes: Tensor, outer: Tensor, mean: Tensor) -> Tensor:
 
 def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Whole numbers from -127 to 127, (out, in), and the scale of each row: its largest magnitude / 127."""
-    wide = weight.detach().float()
+    pieces = weight.detach().split(max(1, PIECE // weight.shape[1]))
+    codes, scale = zip(*map(_int8_piece, pieces), strict=True)
+    return torch.cat(codes), torch.cat(scale)
+
+
+def _int8_piece(rows: Tensor) -> tuple[Tensor, Tensor]:
+    wide = rows.float()
     scale = wide.abs().amax(1) / 127
     steps = wide / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]
     return steps.round().clamp(-127, 127).to(torch.int8), scale
 
 
-def dequantise_int8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """code · scale of its row, formed in float32 and rounded once."""
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    if not unpack_int8(codes, scale, out):
-        torch.mul(codes, scale[:, None], out=out) if dtype == torch.float32 else out.copy_(
-            codes * scale[:, None]
-        )
-    return out
+def dequantise_int8(codes: Tensor, scale: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """code · scale of its row, formed in float32 and rounded once.
+
+    Args:
+        out: where the numbers go, (rows · width,) of `dtype`; by default into a new tensor.
+    """
+    out = torch.empty(codes.numel(), dtype=dtype, device=codes.device) if out is None else out
+    rows = out.view(codes.shape)
+    if not unpack_int8(codes, scale, rows):
+        rows.copy_(codes * scale[:, None])
+    return rows
 
 
 def nf4_values(device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from lorasmith.quantised.codes import (
     quantise_nf4,
     quantise_scales,
 )
+from lorasmith.quantised.scratch import scratch
 
 
 class QuantisedLinear(nn.Linear):
@@ -30,6 +31,7 @@ class QuantisedLinear(nn.Linear):
     """
 
     kind: str
+    codes: Tensor
     bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, *, dtype: torch.dtype) -> None:
@@ -45,9 +47,18 @@ class QuantisedLinear(nn.Linear):
         """Name of each buffer → what it holds of `weight`."""
         raise NotImplementedError
 
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """W, (out_features, in_features), a new tensor."""
+    def dequantise(self, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+        """W, (out_features, in_features), in `out` (at least `whole_numel`,) or a new tensor."""
         raise NotImplementedError
+
+    @property
+    def whole_numel(self) -> int:
+        """Numbers that `dequantise` writes, what fills the last block included."""
+        return self.out_features * self.in_features
+
+    def borrow(self, dtype: torch.dtype) -> Tensor:
+        """W in this thread's scratch: to be multiplied with at once, for the next layer's W overwrites it."""
+        return self.dequantise(dtype, out=scratch(self.whole_numel, dtype, self.codes.device))
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -63,7 +74,13 @@ class QuantisedLinear(nn.Linear):
         """(…, in_features) → (…, out_features)."""
         if torch.is_grad_enabled():
             return _Product.apply(x, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
-        return F.linear(x, self.dequantise(x.dtype), self.bias)
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        return F.linear(x, self.borrow(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         """As `nn.Linear`, and the format."""
@@ -79,7 +96,6 @@ class NF4Linear(QuantisedLinear):
     """4 bits a weight, 8 a block of 64, 32 each 256 blocks: 4.127 bits."""
 
     kind = "nf4"
-    codes: Tensor
     scales: Tensor
 
     @staticmethod
@@ -89,17 +105,21 @@ class NF4Linear(QuantisedLinear):
         scales, outer, mean = quantise_scales(absmax)
         return {"codes": codes, "scales": scales, "outer": outer, "mean": mean[None]}
 
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
+    def dequantise(self, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
         """As in `QuantisedLinear`."""
         absmax = dequantise_scales(self.scales, self._float("outer"), self._float("mean"))
-        return dequantise_nf4(self.codes, absmax, (self.out_features, self.in_features), dtype)
+        return dequantise_nf4(self.codes, absmax, (self.out_features, self.in_features), dtype, out=out)
+
+    @property
+    def whole_numel(self) -> int:
+        """As in `QuantisedLinear`."""
+        return 2 * self.codes.numel()
 
 
 class Int8Linear(QuantisedLinear):
     """8 bits a weight, 32 a row."""
 
     kind = "int8"
-    codes: Tensor
 
     @staticmethod
     def packed(weight: Tensor) -> dict[str, Tensor]:
@@ -107,9 +127,9 @@ class Int8Linear(QuantisedLinear):
         codes, scale = quantise_int8(weight)
         return {"codes": codes, "scale": scale}
 
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
+    def dequantise(self, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
         """As in `QuantisedLinear`."""
-        return dequantise_int8(self.codes, self._float("scale"), dtype)
+        return dequantise_int8(self.codes, self._float("scale"), dtype, out=out)
 
 
 class _Product(torch.autograd.Function):
@@ -118,12 +138,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantisedLinear) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        return F.linear(x, layer.dequantise(x.dtype), bias)
+        return layer._product(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, needs_b, _ = ctx.needs_input_grad
-        dx = (g @ ctx.layer.dequantise(g.dtype)).to(ctx.dtype) if needs_x else None
+        dx = (g @ ctx.layer.borrow(g.dtype)).to(ctx.dtype) if needs_x else None
         db = g.reshape(-1, g.shape[-1]).sum(0, dtype=ctx.layer.bias.dtype) if needs_b else None
         return dx, db, None
