@@ -46,6 +46,7 @@ def plan(
     packing: Annotated[str | None, typer.Option(help="auto, none, plain or tree.")] = None,
     kernels: Annotated[str | None, typer.Option(help="auto, block, inductor or plain.")] = None,
     recompute: Annotated[str | None, typer.Option(help="auto, none, mlp or layers.")] = None,
+    offload: Annotated[str | None, typer.Option(help="none, activations, weights or all.")] = None,
     processes: Annotated[int, typer.Option(help="That train together, as under torchrun.", min=1)] = 1,
     shard: Annotated[str | None, typer.Option(help="none, or base: spread over the processes.")] = None,
     measure: Annotated[
@@ -75,7 +76,7 @@ def plan(
     lora = LoRAConfig.from_dict(asked | ({"targets": parse_targets(targets)} if targets else {}))
     settings = TrainConfig.from_dict(run.get("train", {}) | given(
         flags, "batch_size", "batch_tokens", "max_length", "epochs", "max_steps", "packing",
-        "kernels", "recompute", "shard",
+        "kernels", "recompute", "offload", "shard",
     ))  # fmt: skip
     if measure:
         limit_kept_kernels()  # as `train` does, and before this process multiplies anything

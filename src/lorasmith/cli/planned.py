@@ -113,6 +113,7 @@ class Planned:
             file_itemsize=self.skeleton.file_itemsize,
             is_mapped=self.skeleton.file_itemsize == self.decoder.itemsize,
             gives_back=self.settings.budget_bytes is not None,
+            keeps_weights=self.settings.keeps_weights or method == "full",
             sharded_over=self.processes if (method, self.settings.shard) == ("lora", "base") else 1,
         )  # fmt: skip
 

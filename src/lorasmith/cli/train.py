@@ -64,6 +64,7 @@ def train(
     packing: Annotated[str | None, typer.Option(help="auto, none, plain or tree.")] = None,
     kernels: Annotated[str | None, typer.Option(help="auto, block, inductor or plain.")] = None,
     recompute: Annotated[str | None, typer.Option(help="auto, none, mlp or layers.")] = None,
+    offload: Annotated[str | None, typer.Option(help="none, activations, weights or all.")] = None,
     budget: Annotated[str | None, typer.Option(help="Largest peak of memory, such as 2GiB.")] = None,
     shard: Annotated[
         str | None, typer.Option(help="Under torchrun: none, or base, spread over the processes.")
@@ -90,7 +91,7 @@ def train(
             lora[name] = parse_targets(flags[name])
     settings = run.get("train", {}) | given(
         flags, "method", "lr", "epochs", "max_steps", "batch_size", "batch_tokens", "max_length", "packing",
-        "kernels", "recompute", "shard", "eval_every", "save_every", "seed",
+        "kernels", "recompute", "offload", "shard", "eval_every", "save_every", "seed",
     )  # fmt: skip
     settings = with_method_options(settings, flags)
     if budget is not None:

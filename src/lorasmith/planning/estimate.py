@@ -50,6 +50,7 @@ class Job:
         file_itemsize: bytes of a weight in the base's own file.
         gives_back: freed memory goes back to the system at once, as under a budget, so the heap has no holes.
         sharded_over: processes that the frozen base is spread over, layer by layer; 1 keeps it whole.
+        keeps_weights: else each layer's are here only while it computes.
         is_mapped: the weights are pages of that file, which become resident when they are read; of input
             embeddings that is a few rows.
     """
@@ -65,6 +66,7 @@ class Job:
     is_mapped: bool = False
     gives_back: bool = False
     sharded_over: int = 1
+    keeps_weights: bool = True
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ GATHERED_LAYERS = 3
 def weights_here(job: Job) -> int:
     """Bytes of the base in one process."""
     d, n = job.decoder, job.sharded_over
+    if not job.keeps_weights:  # the layer that computes, and the next as the kernel reads ahead
+        return (d.params - d.layer_params + 2 * d.largest_layer_params) * d.itemsize
     if n == 1:
         return d.params * d.itemsize if job.trained.is_full else d.weights_bytes
     spread = d.layer_params + d.untied_embeddings

@@ -50,7 +50,7 @@ def quantise_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         uint8 (blocks · 32,) and float32 (blocks,).
     """
-    pieces = weight.detach().reshape(-1).split(PIECE)
+    pieces = torch.split(weight.detach().reshape(-1), PIECE)
     codes, absmax = zip(*map(_nf4_piece, pieces), strict=True)
     return torch.cat(codes), torch.cat(absmax)
 
@@ -97,7 +97,7 @@ def dequantise_scales(codes: Tensor, outer: Tensor, mean: Tensor) -> Tensor:
 
 def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Whole numbers from -127 to 127, (out, in), and the scale of each row: its largest magnitude / 127."""
-    pieces = weight.detach().split(max(1, PIECE // weight.shape[1]))
+    pieces = torch.split(weight.detach(), max(1, PIECE // weight.shape[1]))
     codes, scale = zip(*map(_int8_piece, pieces), strict=True)
     return torch.cat(codes), torch.cat(scale)
 

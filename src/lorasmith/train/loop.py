@@ -175,6 +175,7 @@ class Run:
             self.model,
             kernels=self.settings.kernels,
             recompute=self.settings.recompute,
+            offload=self.settings.offload,
             flops=self._flops(),
             warm_up=self._warm_up,
             keep_freed=self.settings.budget_bytes is None and not self.world.is_sharded,

@@ -74,6 +74,11 @@ def method_of(
             f'spread over processes (shard="{settings.shard}"). Load it without --quantize, or use method="lora" with '
             'shard="none".'
         )
+    if settings.method in NEEDS_WEIGHTS and not settings.keeps_weights:
+        raise ConfigError(
+            f'offload="{settings.offload}" reads frozen weights again from their file, and method="{settings.method}" '
+            'changes them. Use method="lora", or offload="activations".'
+        )
     if settings.method == "lora":
         return LoRA(config)
     if settings.shard != "none":

@@ -133,6 +133,7 @@ def _job(run: Run, settings: TrainConfig) -> Job:
         computing=computing, keeps_best=run.sets.evaluation is not None,
         gives_back=settings.budget_bytes is not None,
         sharded_over=run.world.size if run.world.is_sharded else 1,
+        keeps_weights=settings.keeps_weights,
     )  # fmt: skip
 
 
@@ -165,6 +166,7 @@ def computing_of(model: nn.Module, settings: TrainConfig, dtype: torch.dtype) ->
         is_tiled=device.type == "cpu",
         is_in_place=operations(dtype, device).name == "C",
         recompute="none" if settings.recompute == "auto" else settings.recompute,
+        keeps_activations=settings.keeps_activations,
     )
 
 
