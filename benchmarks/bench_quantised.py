@@ -1,11 +1,13 @@
-"""QLoRA: memory, step time and loss on a base in bf16, int8 and NF4; PEFT with bitsandbytes beside it.
+"""QLoRA, and little memory: memory, step time and loss on a base in bf16, int8 and NF4; PEFT with bitsandbytes beside it.
 
 python benchmarks/bench_quantised.py steps --base smollm2-135m|DIR [--arms …] [--steps 6] [--rows 8] [--record]
 python benchmarks/bench_quantised.py loss [--steps 40] [--record]
+python benchmarks/bench_quantised.py offload --base DIR [--steps 3] [--record]
 python benchmarks/bench_quantised.py base --out DIR
 
 `steps`: each arm in a process of its own takes optimizer steps on the same random tokens, all supervised.
-`loss`: `lorasmith train` on the E2E sample, the same batches for each format. `base` writes a Llama of the
+`loss`: `lorasmith train` on the E2E sample, the same batches for each format.
+`offload`: `lorasmith train` on rows of 1,024 tokens with activations, layers or both away. `base` writes a Llama of the
 shape of Llama-3.2-1B, but with the built-in base's vocabulary, with random weights.
 """
 
@@ -28,11 +30,12 @@ from record import append
 ARMS = ("bf16", "int8", "nf4", "peft-bf16", "peft-nf4")
 SLOTS = 256
 HELD_OUT = 64
+LONG = 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["steps", "loss", "base", "worker"])
+    parser.add_argument("what", choices=["steps", "loss", "offload", "base", "worker"])
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--steps", type=int, default=6)
@@ -45,7 +48,8 @@ def main() -> None:
     elif options.what == "worker":
         print(json.dumps(work(options.base, options.arms[0], options.steps, options.rows)))
     else:
-        rows = steps(options) if options.what == "steps" else loss(options.steps)
+        make = {"steps": steps, "loss": lambda o: loss(o.steps), "offload": offload}[options.what]
+        rows = make(options)
         if options.record:
             about = {
                 "what": options.what,
@@ -151,6 +155,55 @@ def loss(count: int) -> list[dict[str, Any]]:
                 }
             )  # fmt: skip
             print(json.dumps({k: v for k, v in rows[-1].items() if k != "losses"}), flush=True)
+    return rows
+
+
+def offload(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peak memory, median step and last loss of the same run with less and less in memory."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "even.jsonl"
+        row = json.dumps({"text": "the" + " the" * (LONG - 2)}) + "\n"
+        data.write_text(row * options.steps)
+        for recompute, away in (
+            ("none", "none"),
+            ("none", "activations"),
+            ("none", "weights"),
+            ("layers", "all"),
+        ):
+            out = Path(scratch) / f"{recompute}-{away}"
+            flags = [
+                "--base",
+                options.base,
+                "--data",
+                data,
+                "--out",
+                out,
+                "--batch-size",
+                1,
+                "--dtype",
+                "bf16",
+            ]
+            flags += [
+                "--max-length",
+                LONG,
+                "--max-steps",
+                options.steps,
+                "--recompute",
+                recompute,
+                "--offload",
+                away,
+            ]
+            done = lorasmith("train", *flags)
+            found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            rows.append(
+                {
+                    "arm": f"recompute {recompute}, offload {away}", "tokens": LONG,
+                    "step_s": statistics.median(r["step_s"] for r in found[1:]), "peak_rss_bytes": done["peak_rss_bytes"],
+                    "losses": [r["loss"] for r in found],
+                }
+            )  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
