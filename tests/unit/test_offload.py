@@ -153,7 +153,7 @@ def test_layers_are_in_memory_only_while_they_compute(tmp_path):
     of_layers = (
         sum(p.nbytes for layer in layers for n, p in layer.named_parameters() if "lora_" not in n) // 1024
     )
-    with layers_away(model, layers) as size:
+    with layers_away(model) as size:
         assert size // 1024 == of_layers
         model(tokens())  # everything leaves
         probes = [m.register_forward_pre_hook(lambda *_: seen.append(resident_kib(file))) for m in layers]
@@ -167,9 +167,8 @@ def test_layers_are_in_memory_only_while_they_compute(tmp_path):
 
 
 def test_what_is_no_page_of_a_file_is_refused(place, tmp_path):
-    layers = list(tiny_causal_lm().model.layers)
     with pytest.raises(ConfigError, match=r'offload="weights".*dtype of its file'):
-        layers_away(tiny_causal_lm(), layers).__enter__()
+        layers_away(tiny_causal_lm()).__enter__()
     base = load_base(place, dtype="fp32", quantize="nf4")
     with pytest.raises(ConfigError, match="without --quantize"):
         train(

@@ -211,6 +211,8 @@ def _loading(job: Job) -> int:
     file = job.file_itemsize or d.itemsize
     if d.packed is not None and not job.trained.is_full:  # layer by layer
         return d.weights_bytes + QUANTISING_BYTES * d.packed.largest
+    if not job.keeps_weights:
+        return weights_here(job)
     if job.sharded_over > 1 and file == d.itemsize:  # each process reads its part of the file alone
         return weights_here(job)
     return d.params * (d.itemsize + (file if file != d.itemsize else 0))

@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from lorasmith.train.config import TrainConfig
 from lorasmith.train.evaluate import evaluate_loss
 from lorasmith.train.forward import Forward
 from lorasmith.train.methods import method_of
+from lorasmith.train.offload import layers_away
 from lorasmith.train.outputs import (
     Metrics,
     NoMetrics,
@@ -147,7 +148,9 @@ class Run:
         try:
             self.sharding = shard_base(self.model, self.world) if self.world.is_sharded else None
             self._set_training_modes()
-            yield
+            # From here on: what comes before the first step passes through the layers too.
+            with nullcontext() if self.settings.keeps_weights else layers_away(self.model):
+                yield
         finally:
             self.method.detach(self.model)
             for module, mode in modes.items():

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lorasmith.bases import home
 from lorasmith.errors import ConfigError, OutputError
 from lorasmith.native import forget_pages, is_mapped, mapped_files
 from lorasmith.quantised import quantisation_of
+from lorasmith.train.parts import repeated_layers
 
 SMALLEST_BYTES = 1 << 16
 """Smaller tensors stay: they weigh little and cost as much to move."""
@@ -113,8 +115,8 @@ def activations_away(model: nn.Module, folder: Path | None = None) -> Iterator[A
 
 
 @contextmanager
-def layers_away(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[int]:
-    """The weights of each layer are in memory only while it computes, forward or backward, inside the `with`.
+def layers_away(model: nn.Module) -> Iterator[int]:
+    """The weights of each decoder layer are in memory only while it computes, forward or backward, inside the `with`.
 
     They are pages of the base's file: the kernel reads them when they are used, and they are given back
     after. Yields the bytes that come and go.
@@ -122,7 +124,7 @@ def layers_away(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[int]:
     Raises:
         ConfigError: the weights are not pages of a file.
     """
-    ranges = mapped_files()
+    ranges, layers = mapped_files(), repeated_layers(model)
     pages = [_pages(layer, ranges) for layer in layers]
     if not layers or not all(pages):
         raise ConfigError(
@@ -130,12 +132,9 @@ def layers_away(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[int]:
             "and a CPU, load the base in the dtype of its file and without --quantize."
         )
     handles = []
-    for layer, places in zip(layers, pages, strict=True):
-        before, after = _hooks(places)
-        handles += [
-            layer.register_forward_pre_hook(before, with_kwargs=True),
-            layer.register_forward_hook(after),
-        ]
+    for layer, places in zip(layers, map(_Pages, pages), strict=True):
+        handles.append(layer.register_forward_pre_hook(places.before, with_kwargs=True))
+        handles.append(layer.register_forward_hook(places.after))
     try:
         yield sum(size for places in pages for _, size in places)
     finally:
@@ -143,20 +142,31 @@ def layers_away(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[int]:
             handle.remove()
 
 
-def _hooks(places: list[tuple[int, int]]) -> tuple[Any, Any]:
-    """Before and after a layer's forward pass."""
+def is_paging(hook: Any) -> bool:
+    """Whether this hook of a module only lets pages go, and so changes nothing that the module computes."""
+    return isinstance(getattr(hook, "__self__", None), _Pages)
 
-    def forget(*_: Any) -> None:
-        for place in places:
-            forget_pages(*place)
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class _Pages:
+    """The pages of one layer, as address and size of each weight."""
+
+    places: list[tuple[int, int]]
+
+    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Of the layer's forward pass: the gradient of its input is the last thing that its backward pass makes."""
         x = args[0] if args else kwargs.get("hidden_states")
         if isinstance(x, Tensor) and x.requires_grad:
-            # Its gradient is the last thing that the layer's backward pass makes.
-            x.register_hook(forget)  # type: ignore[no-untyped-call]
+            x.register_hook(self.forget)  # type: ignore[no-untyped-call]
 
-    return before, forget
+    def after(self, *_: Any) -> None:
+        """Its forward pass is over."""
+        self.forget()
+
+    def forget(self, _: Tensor | None = None) -> None:
+        """Let them go."""
+        for place in self.places:
+            forget_pages(*place)
 
 
 def _pages(layer: nn.Module, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from lorasmith.train.attention import causal_attention
 from lorasmith.train.config import KernelsName, OffloadName, RecomputeName
 from lorasmith.train.elementwise import operations
 from lorasmith.train.fast import fast_layers
-from lorasmith.train.offload import activations_away, layers_away
+from lorasmith.train.offload import activations_away
 from lorasmith.train.parts import repeated_layers
 from lorasmith.train.shard import is_sharded
 
@@ -72,10 +72,7 @@ def computing(
         warm_up: one forward and backward pass, for what must be compiled first.
         keep_freed: freed memory stays for the next step, which is faster; else it goes back at once, as a
             budget wants it and a sharded base, whose layers come and go.
-        offload: what waits outside of memory until it is used.
-
-    Raises:
-        ConfigError: weights are to wait in their file, and are not pages of it.
+        offload: what waits outside of memory until it is used; weights do so already (`layers_away`).
     """
     with ExitStack() as stack:
         stack.callback(_manage_heap(keep_freed=keep_freed))
@@ -117,7 +114,10 @@ def computing(
             what += f" of the block's, the {others} other layers keep everything" if others > 0 else ""
             lines.append(f"recompute: {what}, again in the backward pass")
         if offload in ("weights", "all"):
-            size = stack.enter_context(layers_away(model, repeated_layers(model)))
+            frozen = [
+                p for layer in repeated_layers(model) for p in layer.parameters() if not p.requires_grad
+            ]
+            size = sum(p.nbytes for p in frozen)
             lines.append(
                 f"offload: {size / 2**30:.2f} GiB of weights, read from the base's file layer by layer"
             )

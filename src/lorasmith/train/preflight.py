@@ -100,6 +100,7 @@ def preflight(run: Run, before: Mapping[str, Any] | None = None) -> Preflight:
     trim_heap()
     packed = quantisation_of(run.model)
     held = sum(map(local_bytes, run.model.parameters())) + (packed.stored_bytes if packed else 0)
+    held = held if settled.keeps_weights else 0  # layers left as soon as they had computed
     runtime = max(FLOOR_BYTES, resident_bytes() - held)
     on_cpu = next(run.model.parameters()).device.type == "cpu"
     machine = replace(this_machine(None, processes=run.world.local_size), is_cuda=not on_cpu)
