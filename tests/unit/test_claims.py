@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from lorasmith.claims import CLAIMS, Claim, Holds, Measured, Setting, choose, run_claims
-from lorasmith.claims.drawing import figure, label
 from lorasmith.cli.claims_page import claims_page
+from lorasmith.drawing import label, panels
 from lorasmith.errors import ConfigError, OutputError
 
 
@@ -35,7 +35,7 @@ def breaks(setting: Setting) -> Measured:
 
 
 def draw(found: Measured, path) -> None:
-    with figure(path) as (panel,):
+    with panels(path) as (panel,):
         panel.plot([1, 2])
         label(panel, "a line", "x", "y")
 

@@ -3,7 +3,7 @@
 `mechanics/` holds those that are exact or a matter of bytes and seconds; `learning/` and `quality/` those
 that train. `registry.py` lists them in the report's order; `runner.py` measures them.
 
-May import: sweep, train, engine, baselines, inject, formats, bases, data, analysis, planning, scoring, lora, errors.
+May import: sweep, train, engine, baselines, inject, formats, bases, data, analysis, planning, scoring, lora, drawing, errors.
 """
 
 from __future__ import annotations

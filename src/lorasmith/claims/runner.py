@@ -9,14 +9,12 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorasmith.claims.claim import Claim, Measured, Setting
-from lorasmith.errors import OutputError
-from lorasmith.train import commit, versions, write_atomically
+from lorasmith.train import commit, make_writable, versions, write_atomically
 
 FILE = "claims.json"
 
@@ -44,7 +42,7 @@ def run_claims(
     Raises:
         OutputError: `setting.out` cannot be written.
     """
-    _prepare(setting.out)
+    make_writable(setting.out)
     kept = {e["id"]: e for e in _earlier(setting) if e["id"] in order}
     for number, claim in enumerate(claims, 1):
         setting.say(f"[{number}/{len(claims)}] {claim.id}: {claim.title}")
@@ -83,10 +81,7 @@ def _draw(claim: Claim, found: Measured, setting: Setting) -> str | None:
     if claim.draw is None:
         return None
     name = f"plots/{claim.id}.png"
-    part = setting.out / f"plots/.{claim.id}.part.png"
-    part.parent.mkdir(parents=True, exist_ok=True)
-    claim.draw(found, part)
-    os.replace(part, setting.out / name)
+    claim.draw(found, setting.out / name)
     return name
 
 
@@ -114,15 +109,3 @@ def _earlier(setting: Setting) -> list[dict[str, Any]]:
     if not same:
         setting.say(f"{setting.out / FILE} was of another base or size and is written anew")
     return entries if same else []
-
-
-def _prepare(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror or error}. Choose another --out."
-        ) from error

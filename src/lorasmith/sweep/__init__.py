@@ -1,6 +1,6 @@
 """Many adapters on one frozen base in one process: every combination of a grid, each as if trained alone.
 
-May import: train, inject, lora, formats, data, bases, errors.
+May import: train, inject, lora, formats, data, bases, drawing, errors.
 """
 
 from lorasmith.sweep.grid import Point, parse_grid, points

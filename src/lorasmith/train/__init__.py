@@ -1,6 +1,6 @@
 """One loop: one adapter on one base, or every weight; packed, accumulated, resumable to the bit.
 
-May import: baselines, inject, lora, formats, data, bases, analysis, planning, native, quantised, errors.
+May import: baselines, inject, lora, formats, data, bases, analysis, planning, native, quantised, drawing, errors.
 """
 
 from lorasmith.train.batch import Batch, Layout, choose_layout, collate
@@ -10,7 +10,15 @@ from lorasmith.train.evaluate import EvalLoss, evaluate_loss
 from lorasmith.train.forward import Forward
 from lorasmith.train.loop import Run, train
 from lorasmith.train.loss import Head, cross_entropy
-from lorasmith.train.outputs import Metrics, commit, plot_loss, read_metrics, versions, write_atomically
+from lorasmith.train.outputs import (
+    Metrics,
+    commit,
+    make_writable,
+    plot_loss,
+    read_metrics,
+    versions,
+    write_atomically,
+)
 from lorasmith.train.parts import Parts, split_model
 from lorasmith.train.policy import computing, limit_kept_kernels
 from lorasmith.train.preflight import RECOMPUTES, computing_of, passes_of
@@ -50,6 +58,7 @@ __all__ = [
     "evaluate_loss",
     "is_first_to_say",
     "limit_kept_kernels",
+    "make_writable",
     "measure_dimension",
     "nats_of_completions",
     "partners",

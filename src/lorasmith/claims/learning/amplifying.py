@@ -9,10 +9,10 @@ from typing import Any
 
 from lorasmith.analysis import amplification
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.learning.pictures import BLUE, GREY, ORANGE, label, panels
 from lorasmith.claims.learning.rank import QV, described, tuned_ranks
 from lorasmith.claims.learning.sizes import FULL, QUICK
 from lorasmith.claims.learning.subspaces import LARGE, SMALL
+from lorasmith.drawing import BLUE, GREY, ORANGE, label, panels
 from lorasmith.formats import read_adapter
 
 MATRIX = "q_proj"

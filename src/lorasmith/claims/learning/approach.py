@@ -11,19 +11,12 @@ from typing import Any
 from lorasmith.analysis import extract_from_full, open_tensors, truncation_curve
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
 from lorasmith.claims.learning.measuring import encoded, held_out_loss
-from lorasmith.claims.learning.pictures import (
-    BLUE,
-    ORANGE,
-    label,
-    level,
-    panels,
-    points_with_spread,
-    size_axis,
-)
+from lorasmith.claims.learning.pictures import level, points_with_spread, size_axis
 from lorasmith.claims.learning.rank import described, tuned_ranks
 from lorasmith.claims.learning.runs import Arm, Tuned, base_for, tune
 from lorasmith.claims.learning.sizes import FULL, QUICK, Sizes, held_out_records, sizes
 from lorasmith.claims.learning.spread import all_of, below, difference, pooled
+from lorasmith.drawing import BLUE, ORANGE, label, panels
 from lorasmith.formats import read_adapter
 from lorasmith.lora import Adapter, LoRAConfig
 
@@ -143,7 +136,7 @@ def _cached(
 def draw(measured: Measured, out: Path) -> None:
     """Trained at each rank, and one update cut to each rank."""
     found = measured.figures
-    with panels(out, 2, height=4.2) as (trained, cut):
+    with panels(out, 2) as (trained, cut):
         runs = {int(r["what"].partition("=")[2]): r["losses"] for r in measured.rows if "=" in r["what"]}
         points_with_spread(trained, runs, BLUE, "LoRA on all linear layers", sd=found["sd_of_a_run"])
         level(trained, found["full_loss"], "full fine-tuning", colour=ORANGE)

@@ -11,9 +11,10 @@ from lorasmith.analysis import Dimension, intrinsic_dimension
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
 from lorasmith.claims.learning.bytes import ByteModel, fit, in_dimensions, loss_on, windows_of
 from lorasmith.claims.learning.measuring import encoded
-from lorasmith.claims.learning.pictures import BLUE, GREEN, ORANGE, label, panels
+from lorasmith.claims.learning.pictures import GREEN
 from lorasmith.claims.learning.sizes import FULL, QUICK, held_out_records, sizes, training_records
 from lorasmith.claims.learning.spread import all_of
+from lorasmith.drawing import BLUE, ORANGE, label, panels
 from lorasmith.lora import LoRAConfig
 from lorasmith.train import Bench, measure_dimension
 
@@ -126,7 +127,7 @@ def _share(found: Mapping[str, Any]) -> str:
 
 def draw(measured: Measured, out: Path) -> None:
     """Share of the gain over the dimension: a dot for each projection."""
-    with panels(out, 1, height=4.2) as (panel,):
+    with panels(out) as (panel,):
         for (name, found), colour in zip(measured.figures.items(), (BLUE, ORANGE, GREEN), strict=True):
             gains = {int(d): values for d, values in found["gains"].items()}
             middle = [sorted(v)[len(v) // 2] for v in gains.values()]

@@ -7,21 +7,13 @@ from pathlib import Path
 
 from lorasmith.claims.claim import Claim, Measured, Setting
 from lorasmith.claims.learning.approach import full_arm, tuned_full
-from lorasmith.claims.learning.pictures import (
-    BLUE,
-    ORANGE,
-    SOFT,
-    label,
-    level,
-    panels,
-    points_with_spread,
-    size_axis,
-)
+from lorasmith.claims.learning.pictures import level, points_with_spread, size_axis
 from lorasmith.claims.learning.prefix import tuned_lengths
 from lorasmith.claims.learning.rank import described, tuned_ranks
 from lorasmith.claims.learning.runs import Arm, Tuned, tune
 from lorasmith.claims.learning.sizes import FULL, QUICK, sizes
 from lorasmith.claims.learning.spread import all_of, below, difference, pooled
+from lorasmith.drawing import BLUE, ORANGE, SOFT, label, panels
 
 RANK, LENGTH = 4, 16
 METHODS = ("LoRA", "full", "prefix")
@@ -73,7 +65,7 @@ def judge(found: Mapping[str, Mapping[int, Tuned]]) -> Measured:
 
 def draw(measured: Measured, out: Path) -> None:
     """Loss over the number of records."""
-    with panels(out, 1, height=4.2) as (panel,):
+    with panels(out) as (panel,):
         for method, colour in zip(METHODS, (BLUE, ORANGE, SOFT), strict=True):
             curve = {row["records"]: row["losses"] for row in measured.rows if row["method"] == method}
             points_with_spread(panel, curve, colour, method, sd=measured.figures["sd_of_a_run"])

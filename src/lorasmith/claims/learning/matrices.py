@@ -7,11 +7,11 @@ from pathlib import Path
 
 from lorasmith.bases import load_skeleton
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.learning.pictures import BLUE, ORANGE, label, panels
 from lorasmith.claims.learning.rank import described
 from lorasmith.claims.learning.runs import Arm, Tuned, tune
 from lorasmith.claims.learning.sizes import FULL, QUICK, sizes
 from lorasmith.claims.learning.spread import Interval, all_of, below, difference, pooled
+from lorasmith.drawing import BLUE, ORANGE, label, panels
 from lorasmith.inject import resolve_targets
 from lorasmith.lora import LoRAConfig
 
@@ -109,7 +109,7 @@ def _placed(against: Interval) -> str:
 def draw(measured: Measured, out: Path) -> None:
     """Loss of each set of matrices."""
     rows, sd = list(measured.rows), measured.figures["sd_of_a_run"]
-    with panels(out, 1, height=4.2) as (panel,):
+    with panels(out) as (panel,):
         for y, row in enumerate(rows):
             colour = BLUE if row["matrices"] in ATTENTION else ORANGE
             panel.errorbar(row["loss"], y, xerr=sd, color=colour, marker="o", markersize=7, capsize=3)

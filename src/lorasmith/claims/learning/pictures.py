@@ -1,44 +1,13 @@
-"""The look that the plots of this room share."""
+"""Curves over sizes, as the plots of this room draw them."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-INK, SOFT, BLUE, ORANGE, GREEN, GREY = "#1b2430", "#6b7685", "#1f4e9c", "#c2410c", "#2f855a", "#c9d1db"
+from lorasmith.drawing import SOFT
 
-
-@contextmanager
-def panels(out: Path, columns: int, *, rows: int = 1, height: float = 3.9) -> Iterator[list[Any]]:
-    """Panels, left to right and top to bottom, that become a PNG at the end of the `with`."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(5.4 * columns, height * rows), dpi=130, squeeze=False, layout="constrained"
-    )
-    try:
-        yield [panel for row in axes for panel in row]
-        part = out.with_name(f".{out.name}.{os.getpid()}.png")
-        figure.savefig(part)
-        os.replace(part, out)
-    finally:
-        plt.close(figure)
-
-
-def label(panel: Any, title: str, x: str, y: str) -> None:
-    """Title and names of the axes; no frame."""
-    panel.set_title(title, loc="left", fontsize=10, color=INK)
-    panel.set_xlabel(x, fontsize=9, color=SOFT)
-    panel.set_ylabel(y, fontsize=9, color=SOFT)
-    panel.tick_params(labelsize=8, colors=SOFT, length=0)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.spines[["left", "bottom"]].set_color(GREY)
+GREEN = "#2f855a"
 
 
 def points_with_spread(

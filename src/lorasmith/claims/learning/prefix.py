@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.learning.pictures import BLUE, ORANGE, label, panels, points_with_spread
+from lorasmith.claims.learning.pictures import points_with_spread
 from lorasmith.claims.learning.rank import described, tuned_ranks
 from lorasmith.claims.learning.runs import Arm, Tuned, tune
 from lorasmith.claims.learning.sizes import FULL, QUICK, sizes
 from lorasmith.claims.learning.spread import Interval, all_of, below, difference, pooled
+from lorasmith.drawing import BLUE, ORANGE, label, panels
 
 
 def tuned_lengths(setting: Setting) -> dict[int, Tuned]:
@@ -80,7 +81,7 @@ def _kept(method: str, size: int, tuned: Tuned) -> str:
 
 def draw(measured: Measured, out: Path) -> None:
     """Both curves over their size."""
-    with panels(out, 2, height=4.2) as every:
+    with panels(out, 2) as every:
         shown = (("prefix", ORANGE, "virtual tokens"), ("LoRA", BLUE, "rank, all linear layers"))
         for panel, (method, colour, x) in zip(every, shown, strict=True):
             curve = {row["size"]: row["losses"] for row in measured.rows if row["method"] == method}

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.learning.pictures import BLUE, ORANGE, label, panels, points_with_spread, size_axis
+from lorasmith.claims.learning.pictures import points_with_spread, size_axis
 from lorasmith.claims.learning.runs import Arm, Tuned, tune
 from lorasmith.claims.learning.sizes import FULL, QUICK, Sizes, sizes
 from lorasmith.claims.learning.spread import all_of, below, difference, pooled
+from lorasmith.drawing import BLUE, ORANGE, label, panels
 
 QV = ("q_proj", "v_proj")
 ENOUGH = 0.05
@@ -67,7 +68,7 @@ def judge(curves: Mapping[str, Mapping[int, Tuned]]) -> Measured:
 
 def draw(measured: Measured, out: Path) -> None:
     """Loss over the rank."""
-    with panels(out, 1, height=4.2) as (panel,):
+    with panels(out) as (panel,):
         for name, colour in (("q, v", ORANGE), ("all linear", BLUE)):
             curve = {row["rank"]: row["losses"] for row in measured.rows if row["matrices"] == name}
             points_with_spread(panel, curve, colour, name, sd=measured.figures["sd_of_a_run"])

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lorasmith.analysis import overlap_grid, subspace_overlap
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.learning.pictures import label, panels
 from lorasmith.claims.learning.rank import QV, described, rank_arms, tuned_ranks
 from lorasmith.claims.learning.sizes import FULL, QUICK, sizes
 from lorasmith.claims.learning.spread import Interval, all_of, mean_interval
+from lorasmith.drawing import label, panels
 from lorasmith.formats import read_adapter
 from lorasmith.lora import Adapter
 

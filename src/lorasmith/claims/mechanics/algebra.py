@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lorasmith.analysis import extract_from_full
 from lorasmith.baselines import Tuned, make_method, write_method
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.drawing import COLOURS, GREY, figure, label
 from lorasmith.claims.mechanics.adapters import random_adapter
 from lorasmith.claims.mechanics.start import random_ids
+from lorasmith.drawing import COLOURS, GREY, label, panels
 from lorasmith.errors import AdapterFileError
 from lorasmith.formats import read_adapter
 from lorasmith.lora import LoRAConfig, delta
@@ -73,7 +73,7 @@ def _shape(d: int, k: int) -> dict[str, Any]:
 
 def draw_rank(found: Measured, path: Path) -> None:
     """Error by rank, and parameters by rank, for each shape."""
-    with figure(path, 2, height=3) as (left, right):
+    with panels(path, 2, width=4.5, height=3) as (left, right):
         for row, colour in zip(found.rows, COLOURS, strict=False):
             left.plot(row["ranks"], row["errors"], "o-", markersize=4, color=colour, label=row["shape"])
             full = row["ranks"][-1]
@@ -180,7 +180,7 @@ def _merging(name: str, tensors: dict[str, Tensor]) -> str:
 
 def draw_fold(found: Measured, path: Path) -> None:
     """Share that no matrix can take over."""
-    with figure(path, height=2.2) as (panel,):
+    with panels(path, width=9, height=2.2) as (panel,):
         names, values = (
             [r["method"] for r in found.rows],
             [r["missed by the best affine map"] for r in found.rows],

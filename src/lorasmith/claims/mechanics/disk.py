@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.drawing import COLOURS, figure, label
 from lorasmith.claims.mechanics.adapters import QV, random_adapter
 from lorasmith.claims.mechanics.gpt3 import CONFIG as GPT3_CONFIG
 from lorasmith.claims.mechanics.gpt3 import LAYERS, PARAMS, SHAPES, WIDTH, memories
+from lorasmith.drawing import COLOURS, label, panels
 from lorasmith.formats import write_adapter
 from lorasmith.lora import Adapter, LoRAConfig
 from lorasmith.planning import Shapes, hundred_tasks_bytes, lora_memory
@@ -93,7 +93,7 @@ def agrees(written: float, formula: float, *, tasks: int = 1) -> bool:
 
 def draw_ratio(found: Measured, path: Path) -> None:
     """How many times smaller, logarithmic."""
-    with figure(path, height=2.4) as (panel,):
+    with panels(path, width=9, height=2.4) as (panel,):
         names, values = [r["adapter"] for r in found.rows], [r["times smaller"] for r in found.rows]
         panel.barh(names, values, color=[*[COLOURS[0]] * (len(names) - 1), COLOURS[1]])
         for k, value in enumerate(values):
@@ -144,8 +144,8 @@ def _write_many(setting: Setting, tasks: int) -> dict[str, Any]:
 
 def draw_hundred(found: Measured, path: Path) -> None:
     """One base with adapters beside a model per task, for this base and GPT-3."""
-    with figure(path, 2, height=2.4) as panels:
-        for panel, row, unit, name in zip(panels, found.rows, (1e9, 1e12), ("GB", "TB"), strict=True):
+    with panels(path, 2, width=4.5, height=2.4) as both:
+        for panel, row, unit, name in zip(both, found.rows, (1e9, 1e12), ("GB", "TB"), strict=True):
             values = [
                 (row["from files"] or row["one base and 100 adapters, formula"]) / unit,
                 row["100 models"] / unit,

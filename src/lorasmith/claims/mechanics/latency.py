@@ -13,10 +13,10 @@ from torch import nn
 
 from lorasmith.baselines import make_method
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.drawing import COLOURS, GREY, figure, label
 from lorasmith.claims.mechanics.adapters import QV, random_adapter
 from lorasmith.claims.mechanics.start import random_ids
 from lorasmith.claims.timing import Arm, Ratio, conditions, interleaved, ratio
+from lorasmith.drawing import COLOURS, GREY, label, panels
 from lorasmith.inject import eject, inject, merged
 from lorasmith.lora import LoRAConfig
 
@@ -233,7 +233,7 @@ def draw(found: Measured, path: Path) -> None:
     """Ratios to the base with their intervals, cell by cell."""
     arms = list(dict.fromkeys(row["arm"] for row in found.rows))
     cells = list(dict.fromkeys(row["cell"] for row in found.rows))
-    with figure(path) as (panel,):
+    with panels(path, width=9, height=3.4) as (panel,):
         panel.axhline(1, color=GREY, linewidth=1, zorder=0)
         for k, arm in enumerate(arms):
             rows = [row for row in found.rows if row["arm"] == arm]

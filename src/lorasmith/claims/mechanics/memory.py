@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.drawing import COLOURS, figure, label
 from lorasmith.claims.mechanics.gpt3 import PARAMS, memories
+from lorasmith.drawing import COLOURS, label, panels
 from lorasmith.planning import Memory
 
 STEPS, RANK, CLOSE, VISIBLE = 3, 16, 0.2, 0.1
@@ -112,7 +112,7 @@ def draw(found: Measured, path: Path) -> None:
     """Bytes by purpose as stacked bars with the measured peaks, and GPT-3's row beside the paper's."""
     here = [row for row in found.rows if row["what"] == "here"]
     gpt3 = [row for row in found.rows if row["what"] != "here"]
-    with figure(path, 2, height=3) as (left, right):
+    with panels(path, 2, width=4.5, height=3) as (left, right):
         for k, row in enumerate(here):
             bottom = 0.0
             for j, part in enumerate(PARTS):

@@ -12,9 +12,9 @@ import torch
 
 from lorasmith.baselines import Tuned, applied, make_method
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.drawing import GREY, ORANGE, TEAL, figure, label
 from lorasmith.claims.mechanics.start import random_ids
 from lorasmith.claims.timing import Ratio, conditions, interleaved, ratio
+from lorasmith.drawing import GREY, ORANGE, TEAL, label, panels
 
 QUICK_LENGTHS, FULL_LENGTHS, TEXT = (16, 64, 256), (16, 64, 128, 256, 512), 64
 BASE = "no prefix"
@@ -99,7 +99,7 @@ def draw(found: Measured, path: Path) -> None:
     """Context left, and time, by length of the prefix."""
     rows = found.rows
     n = [r["prefix"] for r in rows]
-    with figure(path, 2, height=2.8) as (left, right):
+    with panels(path, 2, width=4.5, height=2.8) as (left, right):
         left.plot(n, [r["context left"] for r in rows], "o-", color=TEAL)
         left.axhline(found.figures["context"], color=GREY, linewidth=1)
         label(left, "positions left for the text", "virtual tokens")

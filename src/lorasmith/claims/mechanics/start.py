@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.drawing import BLUE, GREY, ORANGE, TEAL, figure, label
+from lorasmith.drawing import BLUE, GREY, ORANGE, TEAL, label, panels
 from lorasmith.inject import eject, inject, lora_layers
 from lorasmith.lora import LoRAConfig
 
@@ -95,7 +95,7 @@ def _start(model: nn.Module, config: LoRAConfig, ids: Tensor, expected: Tensor) 
 def draw_identity(found: Measured, path: Path) -> None:
     """Different logits, and the gradients of A and B, by start."""
     names = [f"{r['start']}, {r['dtype']}" for r in found.rows]
-    with figure(path, 2, height=2.6) as (left, right):
+    with panels(path, 2, width=4.5, height=2.6) as (left, right):
         left.barh(names, [r["different logits"] for r in found.rows], color=ORANGE)
         left.set_xlim(0, max(1, *(r["different logits"] for r in found.rows)))
         for k, row in enumerate(found.rows):
@@ -174,7 +174,7 @@ def checksums(model: nn.Module, names: set[str]) -> Mapping[str, str]:
 def draw_frozen(found: Measured, path: Path) -> None:
     """Tensors changed and bytes of the optimizer, LoRA and full."""
     names = [r["method"] for r in found.rows]
-    with figure(path, 2, height=2.2) as (left, right):
+    with panels(path, 2, width=4.5, height=2.2) as (left, right):
         for panel, key, unit, title in (
             (left, "base tensors changed", 1, f"base tensors changed by {STEPS} steps"),
             (right, "optimizer bytes", 1e6, "Adam's moments, MB"),

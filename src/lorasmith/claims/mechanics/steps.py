@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.drawing import BLUE, GREY, TEAL, figure, label
 from lorasmith.claims.mechanics.start import random_ids
 from lorasmith.claims.timing import conditions, interleaved, ratio
+from lorasmith.drawing import BLUE, GREY, TEAL, label, panels
 from lorasmith.inject import group_shared_inputs, inject
 from lorasmith.lora import LoRAConfig
 from lorasmith.planning import Computing, Pass, Trained, decoder_of, work_of
@@ -93,7 +93,7 @@ def _step(setting: Setting, name: str, batch: int, length: int) -> Iterator[tupl
 def draw(found: Measured, path: Path) -> None:
     """Every round's pair of steps, and the ratio beside the paper's and the FLOPs'."""
     f = found.figures
-    with figure(path, 2, height=2.8) as (left, right):
+    with panels(path, 2, width=4.5, height=2.8) as (left, right):
         for row, colour in zip(found.rows, (TEAL, BLUE), strict=True):
             left.plot(
                 range(1, row["rounds"] + 1),

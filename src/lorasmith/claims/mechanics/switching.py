@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
-from lorasmith.claims.drawing import COLOURS, GREY, figure, label
 from lorasmith.claims.mechanics.adapters import QV, SHARE, random_adapter
 from lorasmith.claims.mechanics.start import checksums
+from lorasmith.drawing import COLOURS, GREY, label, panels
 from lorasmith.inject import merge, switch, unmerge
 from lorasmith.lora import Adapter, LoRAConfig, delta
 
@@ -82,7 +82,7 @@ def _switches(setting: Setting, dtype: str, times: int) -> dict[str, Any]:
 
 def draw_switch(found: Measured, path: Path) -> None:
     """Seconds of a switch and of loading, by dtype."""
-    with figure(path, height=2.4) as (panel,):
+    with panels(path, width=9, height=2.4) as (panel,):
         for k, row in enumerate(found.rows):
             for j, key in enumerate(("switch, s", "load the base, s")):
                 panel.barh(
@@ -151,7 +151,7 @@ def _layer(path: str) -> int:
 
 def draw_drift(found: Measured, path: Path) -> None:
     """Drift against the number of exchanges."""
-    with figure(path) as (panel,):
+    with panels(path, width=9, height=3.4) as (panel,):
         for k, row in enumerate(found.rows):
             panel.plot(range(1, len(row["curve"]) + 1), row["curve"], color=COLOURS[k], label=row["dtype"])
         panel.axhline(TOLERATED, color=GREY, linewidth=1)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.claims.claim import Measured
-from lorasmith.claims.drawing import BLUE, GREY, INK, SOFT, TEAL, figure, label
 from lorasmith.claims.quality.statistics import spread
+from lorasmith.drawing import BLUE, GREY, INK, SOFT, TEAL, label, panels
 
 COLOURS = {"lora": TEAL, "full": BLUE}
 ORDER = ("base", "tf-idf", "bitfit", "prefix", "houlsby", "full", "lora")
@@ -20,7 +20,7 @@ SHORT = {
 def draw(measured: Measured, path: Path) -> None:
     """A bar for each method's mean, a dot for each seed; what it trains beside its name."""
     part: Any = measured.figures
-    with figure(path, height=3.6) as (panel,):
+    with panels(path, width=9, height=3.6) as (panel,):
         if not part:
             panel.text(0.5, 0.5, "measured by the full run alone", ha="center", color=SOFT)
             panel.set_axis_off()
