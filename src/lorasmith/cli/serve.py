@@ -12,6 +12,7 @@ from lorasmith.cli.options import (
     DtypeOption,
     JsonOption,
     MismatchOption,
+    QuantizeOption,
     parse_bytes,
     print_json,
     say,
@@ -51,6 +52,7 @@ def serve(
     drain_s: Annotated[float, typer.Option(help="How long answers may finish after SIGTERM.", min=0)] = 30.0,
     playground: Annotated[bool, typer.Option(help="Serve the page at /playground.")] = True,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     allow_base_mismatch: MismatchOption = False,
 ) -> None:
     """Serve a base and every adapter in a store. A request's `model` is an alias, alias@version or a digest."""
@@ -63,8 +65,8 @@ def serve(
     check_exposure(host, known, insecure=insecure)
     check_address(host, port)
     opened = Store(store, actor="serve")
-    _add(opened, base, [*(adapters or []), *(more or [])], allow_base_mismatch)
-    loaded = load_base(base, dtype=dtype)
+    _add(opened, base, [*(adapters or []), *(more or [])], quantize, allow_base_mismatch)
+    loaded = load_base(base, dtype=dtype, quantize=quantize)
     is_exact = deterministic or shadow_share > 0
     options = {
         "max_rows": max_rows, "max_context": max_context, "deterministic": is_exact, "adapter_bytes": held,
@@ -111,10 +113,10 @@ def _gateway(base: Base, store: Store, keys: Any, options: dict[str, Any], limit
     return gateway
 
 
-def _add(store: Store, base: str, pairs: list[str], allow_base_mismatch: bool) -> None:
+def _add(store: Store, base: str, pairs: list[str], quantize: str | None, allow_base_mismatch: bool) -> None:
     if not pairs:
         return
-    facts = base_facts(base, allow_mismatch=allow_base_mismatch)
+    facts = base_facts(base, quantize=quantize, allow_mismatch=allow_base_mismatch)
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not (equals and path):
