@@ -25,8 +25,8 @@ HOLES_PER_BYTE = {False: 0.18, True: 0.40}
 """Free space between what a heap holds, per byte; True: passes differ in shape, so blocks seldom fit again."""
 LATER_BYTES = 90 * 10**6
 """What a run imports and keeps after its start: kernels' scratch, the progress bar, the plot at the end."""
-KERNELS_PER_BYTE = 22
-"""Compiled products of many shapes, each with its scratch, per byte of a layer's weights (`train.policy` keeps 192)."""
+KERNELS_BYTES = 340 * 10**6
+"""Of passes that differ: compiled products (`train.policy` keeps 192) and the heap's growth from step to step. Fitted."""
 EVEN_SHAPES = 2
 """Shapes of pass that a run of equal rows has: full ones, and the last."""
 
@@ -188,10 +188,9 @@ def heap_holes(job: Job, p: Pass) -> int:
     copies = 2 * d.itemsize if trained.is_full else 4 * FP32_BYTES
     state = copies * trained.params(d)
     varies = has_many_shapes(job)
-    kernels = varies * KERNELS_PER_BYTE * d.largest_layer_params * d.itemsize
     if job.gives_back:
-        return kernels + LATER_BYTES
-    holes = HOLES_PER_BYTE[varies] * kept + HOLES_PER_BYTE[False] * state + kernels
+        return varies * KERNELS_BYTES + LATER_BYTES
+    holes = HOLES_PER_BYTE[varies] * kept + HOLES_PER_BYTE[False] * state + varies * KERNELS_BYTES
     return int(holes) + backward_bytes(d, trained, p, how) + LATER_BYTES
 
 
