@@ -94,16 +94,16 @@ def test_limits_of_containers_old_and_new(tmp_path: Path):
     for place, limit in ((group, "max"), (group.parent, str(3 * GIB))):
         (place / "memory.max").write_text(limit)
         (place / "memory.current").write_text(str(GIB))
-        (place / "memory.stat").write_text(f"anon 5\ninactive_file {GIB // 4}\n")
+        (place / "memory.stat").write_text(f"anon 5\ninactive_file {GIB // 4}\nactive_file {GIB // 8}\n")
     table = tmp_path / "table"
     table.write_text("0::/a/b\n")
-    assert cgroup_limits(tmp_path / "v2", table) == [(3 * GIB, 3 * GIB // 4)]
+    assert cgroup_limits(tmp_path / "v2", table) == [(3 * GIB, 5 * GIB // 8)]
 
     old = tmp_path / "v1/memory/job"
     old.mkdir(parents=True)
     (old / "memory.limit_in_bytes").write_text(str(2 * GIB))
     (old / "memory.usage_in_bytes").write_text("100")
-    (old / "memory.stat").write_text("total_inactive_file 40\n")
+    (old / "memory.stat").write_text("inactive_file 3\ntotal_inactive_file 30\ntotal_active_file 10\n")
     table.write_text("7:cpu:/x\n5:memory:/job\n")
     assert cgroup_limits(tmp_path / "v1", table) == [(2 * GIB, 60)]
     assert cgroup_limits(tmp_path / "none", tmp_path / "absent") == []

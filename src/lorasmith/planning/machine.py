@@ -113,7 +113,7 @@ def usable_memory() -> tuple[int, str]:
 def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), table: Path | None = None) -> list[tuple[int, int]]:
     """(limit, used) of every cgroup that this process is in, version 1 or 2, from its own group upwards.
 
-    Used memory excludes cached files, which the kernel gives back.
+    Used memory excludes cached files, read once or often, which the kernel gives back.
     """
     try:
         lines = (table or Path("/proc/self/cgroup")).read_text().splitlines()
@@ -123,15 +123,15 @@ def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), table: Path | None = None
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            folder, limit, used, cached = root, "memory.max", "memory.current", "inactive_file"
+            folder, limit, used, prefix = root, "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
             folder, limit = root / "memory", "memory.limit_in_bytes"
-            used, cached = "memory.usage_in_bytes", "total_inactive_file"
+            used, prefix = "memory.usage_in_bytes", "total_"
         else:
             continue
         group = folder / path.lstrip("/")
         for place in (group, *group.parents):
-            pair = _limit_of(place, limit, used, cached)
+            pair = _limit_of(place, limit, used, prefix)
             if pair is not None:
                 found.append(pair)
             if place == folder:
@@ -139,7 +139,7 @@ def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), table: Path | None = None
     return found
 
 
-def _limit_of(place: Path, limit: str, used: str, cached: str) -> tuple[int, int] | None:
+def _limit_of(place: Path, limit: str, used: str, prefix: str) -> tuple[int, int] | None:
     try:
         most, now = int((place / limit).read_text()), int((place / used).read_text())
         stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
@@ -147,7 +147,8 @@ def _limit_of(place: Path, limit: str, used: str, cached: str) -> tuple[int, int
         return None
     if most >= 1 << 60:  # version 1 writes a huge number where there is no limit
         return None
-    return most, max(0, now - int(stat.get(cached, 0)))
+    cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+    return most, max(0, now - cached)
 
 
 def matmul_rate(dtype: torch.dtype, *, seconds: float = 0.3) -> float:
