@@ -39,7 +39,10 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     keys: Annotated[Path | None, typer.Option(help="Keys file: tenants, admin, monitor.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow other machines without keys.")] = False,
-    max_rows: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 16,
+    workers: Annotated[
+        int, typer.Option(help="Processes, each with the base, that share the cores.", min=1)
+    ] = 1,
+    max_rows: Annotated[int, typer.Option(help="Requests that run at once, of each worker.", min=1)] = 16,
     max_context: Annotated[int | None, typer.Option(help="Tokens per request at most.")] = None,
     adapter_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Adapters beyond, such as 4GiB, wait on disk.")
@@ -64,7 +67,6 @@ def serve(
     check_address(host, port)
     opened = Store(store, actor="serve")
     _add(opened, base, [*(adapters or []), *(more or [])], allow_base_mismatch)
-    loaded = load_base(base, dtype=dtype)
     is_exact = deterministic or shadow_share > 0
     options = {
         "max_rows": max_rows, "max_context": max_context, "deterministic": is_exact, "adapter_bytes": held,
@@ -73,6 +75,11 @@ def serve(
         "drain_s": drain_s, "shadow_share": shadow_share, "allow_base_mismatch": allow_base_mismatch,
         "playground": playground,
     }  # fmt: skip
+    if workers > 1:
+        return _serve_fleet(
+            base, dtype, store, workers, options, limits, known, host=host, port=port, insecure=insecure
+        )
+    loaded = load_base(base, dtype=dtype)
     gateway = _gateway(loaded, opened, known, options, limits)
     say(
         f"base {gateway.config.base_id} ({loaded.dtype_reason}), {len(gateway.adapters.loaded)} adapters loaded"
@@ -109,6 +116,27 @@ def _gateway(base: Base, store: Store, keys: Any, options: dict[str, Any], limit
     gateway = Gateway(base, Engine(base, **options), store, config, keys=keys, reference=reference)
     gateway.adapters.preload(_report)
     return gateway
+
+
+def _serve_fleet(
+    base: str,
+    dtype: str,
+    store: Path,
+    workers: int,
+    options: dict[str, Any],
+    limits: dict[str, Any],
+    keys: Any,
+    **where: Any,
+) -> None:
+    from lorasmith.server import ServerConfig, WorkerSpec, run_fleet
+
+    if limits["playground"]:
+        say("several workers serve no playground yet; one does")
+    config = ServerConfig(Path(base).name, **limits | {"playground": False})
+    spec = WorkerSpec(base, dtype, str(store), config, options)
+    facts = base_facts(base, allow_mismatch=limits["allow_base_mismatch"])
+    say(f"starting {workers} workers")
+    run_fleet(spec, workers, keys=keys, facts=facts, on_start=lambda url: _say_where(url, False), **where)
 
 
 def _add(store: Store, base: str, pairs: list[str], allow_base_mismatch: bool) -> None:

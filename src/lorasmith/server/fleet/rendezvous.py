@@ -1,0 +1,19 @@
+"""Which replica an adapter belongs to: rendezvous hashing.
+
+Every replica gets a score for the adapter; the highest is its home, the next one takes what the home cannot.
+When a replica comes or goes, only the adapters whose home it is move (Thaler and Ravishankar, 1998).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+
+def ranked(digest: str | None, replicas: Iterable[str]) -> list[str]:
+    """The replicas, first choice first. None is the plain base."""
+    return sorted(replicas, key=lambda replica: (_score(digest or "", replica), replica), reverse=True)
+
+
+def _score(digest: str, replica: str) -> bytes:
+    return hashlib.blake2b(f"{digest} {replica}".encode(), digest_size=8).digest()
