@@ -112,10 +112,10 @@ def test_data_check_writes_a_page_and_finds_overlap(place, tmp_path):
 
 
 def test_advise_gives_all_tiers_with_evidence(place, monkeypatch):
-    from lorasmith.cli import advising
+    from lorasmith.train import probing
 
-    monkeypatch.setattr(advising, "PROBE_STEPS", 8)
-    monkeypatch.setattr(advising, "DIMENSIONS", (4, 64, 1024))
+    monkeypatch.setattr(probing, "PROBE_STEPS", 8)
+    monkeypatch.setattr(probing, "DIMENSIONS", (4, 64, 1024))
     data = ("--base", place / "base", "--data", place / "data.jsonl")
     quick = answer("advise", *data)
     assert quick["capacity_rank"] == 1

@@ -11,8 +11,9 @@ from lorasmith.cli.app import app
 
 
 def command_lines(text: str) -> list[list[str]]:
-    """Words after `lorasmith` of every line that starts with it; comments are left out."""
-    return [shlex.split(line, comments=True) for line in re.findall(r"^ *lorasmith (.+)$", text, re.M)]
+    """Words after `lorasmith` of every line that starts with it, or with torchrun; comments are left out."""
+    lines = re.findall(r"^ *(?:torchrun .*-m )?lorasmith (.+)$", text, re.M)
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def unknown_options(words: list[str]) -> set[str]:

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import addmm_flop, mm_flop
 
+from lorasmith.cli.planned import seconds_of_run
 from lorasmith.errors import BudgetError, ConfigError
 from lorasmith.inject import inject, lora_layers
 from lorasmith.lora import LoRAConfig
@@ -191,3 +192,19 @@ def test_this_machine_is_measured_and_leaves_the_random_state_alone():
     assert machine.flops > 1e8
     assert 1e8 < machine.memory_bytes < 1e14
     assert "measured" in machine.note
+
+
+def test_seconds_of_a_run_count_its_first_step_s_surplus_once():
+    rows = [{"step_s": s, "tokens": t} for s, t in ((5.0, 100), (1.0, 100), (2.0, 200), (9.0, 300))]
+    assert seconds_of_run(rows, 1000) == pytest.approx(1000 * 0.02 + 3.0)  # 12 s for 600 tokens
+    assert seconds_of_run(rows[:1], 1000) == pytest.approx(50.0)
+
+
+def test_memory_that_goes_back_leaves_no_holes():
+    job = seven_billion()
+    kept, back = (
+        estimate(replace(job, gives_back=gives_back), MACHINE, runtime_bytes=0)
+        for gives_back in (False, True)
+    )
+    assert kept.activation_bytes == back.activation_bytes
+    assert kept.peak_bytes - back.peak_bytes == kept.allocator_bytes - back.allocator_bytes > GIB // 10

@@ -60,12 +60,14 @@ def test_one_device_is_the_plan():
     assert alone.tokens_per_s == pytest.approx(256 / alone.compute_s)
 
 
-def test_a_shard_holds_its_part_two_layers_and_the_tables():
-    whole, parts = (spread(JOB, H100, NET, devices=8, shard=s) for s in (1, 4))
-    layers = 2 * BASE.linear_params
-    assert whole.memory_bytes - parts.memory_bytes == pytest.approx(
-        layers - layers / 4 - 2 * layers / 4, abs=2
-    )
+def test_a_shard_holds_what_the_plan_of_one_process_says():
+    planned = estimate(replace(JOB, sharded_over=4), H100, runtime_bytes=0)
+    assert spread(JOB, H100, NET, devices=8, shard=4).memory_bytes == planned.peak_bytes
+    whole = spread(JOB, H100, NET, devices=8, shard=1).memory_bytes
+    spared = BASE.layer_params + BASE.untied_embeddings
+    assert whole - planned.peak_bytes == 2 * (
+        spared - spared / 4 - 3 * BASE.layer_params / 4
+    )  # 3 layers of 4
 
 
 def test_seconds_of_the_network_by_hand():
@@ -86,8 +88,8 @@ def test_across_machines_all_adapters_carry_a_gather():
 def test_full_fine_tuning_shards_its_state_too():
     full = replace(JOB, trained=Trained(None))
     whole, parts = (spread(full, H100, NET, devices=8, shard=s) for s in (1, 8))
-    state, layers = 3 * 2 * BASE.params, 2 * BASE.linear_params
-    spared = state * 7 / 8 + layers * 7 / 8 - 2 * layers / 4
+    state, spread_out = 3 * 2 * BASE.params, 2 * (BASE.layer_params + BASE.untied_embeddings)
+    spared = state * 7 / 8 + spread_out * 7 / 8 - 2 * 3 * BASE.layer_params / 4
     assert whole.memory_bytes - parts.memory_bytes == pytest.approx(spared, abs=2)
 
 
@@ -95,6 +97,9 @@ def test_four_bits_a_weight():
     whole, small = (spread(JOB, H100, NET, devices=2, shard=1, base_bits=bits) for bits in (None, 4.0))
     largest = 2 * 1024 * 2816  # is unpacked while it is multiplied with
     assert whole.memory_bytes - small.memory_bytes == BASE.linear_params * 1.5 - largest
+    whole, small = (spread(JOB, H100, NET, devices=2, shard=2, base_bits=bits) for bits in (None, 4.0))
+    held = BASE.linear_params * (1 / 2 + 3 / 4)
+    assert whole.memory_bytes - small.memory_bytes == held * 1.5 - largest
     with pytest.raises(ConfigError, match="quantised"):
         spread(replace(JOB, trained=Trained(None)), H100, NET, devices=2, shard=1, base_bits=4.0)
 

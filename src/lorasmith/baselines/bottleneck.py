@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -73,11 +74,13 @@ class Bottleneck(OwnWeights):
         self._train(self._also_trained(model))
         return self._said()
 
+    @abstractmethod
     def _places(self, model: nn.Module) -> list[nn.Module]:
-        raise NotImplementedError
+        """Modules whose outputs pass through an adapter."""
 
+    @abstractmethod
     def _adapter(self, width: int) -> BottleneckAdapter:
-        raise NotImplementedError
+        """A new one, for a stream of this width."""
 
     def _also_trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Report:
         return said
 
 
-class Baseline:
+class Baseline(ABC):
     """What the methods of this room share: they write `Tuned`, and can be applied without training."""
 
     name: str
@@ -87,20 +88,20 @@ class Baseline:
         coarse = {str(p.dtype).removeprefix("torch.") for p in trained if p.dtype.itemsize < 4}
         return Report(text, sum(p.numel() for p in trained), total, ", ".join(sorted(coarse)))
 
+    @abstractmethod
     def _add(self, model: nn.Module, generator: torch.Generator) -> str:
         """Add, mark what trains, and say what was done."""
-        raise NotImplementedError
 
-    def prepare(self, model: nn.Module, probe: Callable[[], None]) -> None:
+    def prepare(self, model: nn.Module, probe: Callable[[], None]) -> None:  # noqa: B027
         """Nothing, for most."""
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Whatever requires a gradient."""
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
+    @abstractmethod
     def detach(self, model: nn.Module) -> None:
         """See `Method`."""
-        raise NotImplementedError
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """What is kept of the training."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.bases import Base, load_base
+from lorasmith.train import write_atomically
 
 
 class Holds(StrEnum):
@@ -54,9 +54,7 @@ class Setting:
             return json.loads(path.read_text())["result"]
         result = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"key": json.loads(text), "result": result}, indent=1))
-        os.replace(part, path)
+        write_atomically(path, json.dumps({"key": json.loads(text), "result": result}, indent=1))
         return json.loads(json.dumps(result))
 
 

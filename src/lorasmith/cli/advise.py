@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorasmith.cli.options import BaseOption, DtypeOption, JsonOption, print_json, say
+
+if TYPE_CHECKING:
+    from lorasmith.analysis import Truncation
+    from lorasmith.data import Example
+    from lorasmith.lora import Adapter
 
 DIMENSION_RECORDS = 320
 
@@ -36,11 +42,10 @@ def advise(
     """Recommend a rank from the data's information, a run's truncation curve, the intrinsic dimension."""
     from lorasmith.analysis import capacity
     from lorasmith.bases import load_base
-    from lorasmith.cli.advising import Bench, measure_dimension, nats_of_completions, range_test, run_curve
     from lorasmith.cli.train import parse_targets
     from lorasmith.data import encode, read_records
     from lorasmith.lora import LoRAConfig
-    from lorasmith.train import default_lr
+    from lorasmith.train import Bench, default_lr, measure_dimension, nats_of_completions, range_test
 
     loaded = load_base(base, dtype=dtype)
     encoded = encode(read_records(data), loaded.tokenizer, max_length=max_length)
@@ -80,6 +85,23 @@ def advise(
                 for r in found["recommendations"]
             )
         )
+
+
+def run_curve(base: Any, run: Path, examples: Sequence[Example]) -> Truncation:
+    """Truncate a run's adapter to rank 1, 2, 4, … and evaluate each."""
+    from lorasmith.analysis import truncation_curve
+    from lorasmith.cli.options import load_adapter
+    from lorasmith.train import Bench
+
+    adapter = load_adapter(run / "adapter", base)
+    with Bench(base, adapter.config, examples) as bench:
+        base_loss = bench.loss()
+
+        def evaluate(of: Adapter) -> float:
+            bench.load(of)
+            return bench.loss()
+
+        return truncation_curve(adapter, evaluate, base_loss=base_loss)
 
 
 def recommendations(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ from lorasmith.cli import (
     advise,
     bench,
     check,
+    claims,
     combine,
     compress,
     data,
@@ -42,8 +44,17 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except LoraSmithError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if _is_first_to_say(str(error)):
+                print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from None
+
+
+def _is_first_to_say(text: str) -> bool:
+    if "RANK" not in os.environ:
+        return True
+    from lorasmith.train import is_first_to_say
+
+    return is_first_to_say(text)
 
 
 app = typer.Typer(
@@ -64,6 +75,7 @@ app.command("check")(check.check)
 app.command("merge")(merge.merge)
 app.command("runs")(runs.runs)
 app.command("bench")(bench.bench)
+app.command("claims")(claims.claims)
 app.command("inspect")(inspect_adapter.inspect)
 app.command("compress")(compress.compress)
 app.command("combine")(combine.combine)

@@ -21,8 +21,8 @@ def decide(
     base: Base, data: Path, config: LoRAConfig, settings: TrainConfig, *, given: set[str]
 ) -> tuple[LoRAConfig, TrainConfig, list[dict[str, Any]]]:
     """Settings for whatever was not `given`, and each decision: what, value, reason, evidence."""
-    from lorasmith.cli.advising import Bench, range_test
     from lorasmith.data import encode, read_records
+    from lorasmith.train import Bench, range_test
 
     encoded = encode(read_records(data), base.tokenizer, max_length=settings.max_length)
     decisions: list[dict[str, Any]] = []
@@ -61,7 +61,7 @@ def _within_memory(settings: TrainConfig, decided: Any) -> TrainConfig:
 
 def _ranked(base: Base, encoded: Any, config: LoRAConfig, settings: TrainConfig, decided: Any) -> LoRAConfig:
     from lorasmith.analysis import capacity
-    from lorasmith.cli.advising import Bench, nats_of_completions
+    from lorasmith.train import Bench, nats_of_completions
 
     with Bench(base, config, encoded.examples, settings.batch_size, settings.batch_tokens) as bench:
         total = encoded.stats.supervised_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,8 +38,10 @@ def plan(
     packing: Annotated[str | None, typer.Option(help="auto, none, plain or tree.")] = None,
     kernels: Annotated[str | None, typer.Option(help="auto, block, inductor or plain.")] = None,
     recompute: Annotated[str | None, typer.Option(help="auto, none, mlp or layers.")] = None,
+    processes: Annotated[int, typer.Option(help="That train together, as under torchrun.", min=1)] = 1,
+    shard: Annotated[str | None, typer.Option(help="none, or base: spread over the processes.")] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Run two real steps to calibrate the time.")
+        bool, typer.Option("--measure", help="Run six real steps to calibrate the time.")
     ] = False,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -49,20 +52,25 @@ def plan(
     from lorasmith.cli.train import given, parse_targets, read_run_file
     from lorasmith.lora import LoRAConfig
     from lorasmith.planning import known_device, this_machine
-    from lorasmith.train import TrainConfig
+    from lorasmith.train import TrainConfig, limit_kept_kernels
 
     if measure and device:
         raise ConfigError("--measure runs on this machine; it cannot calibrate a device that is not here.")
+    if measure and processes > 1:
+        raise ConfigError("--measure runs steps in this process alone; leave it out, or --processes.")
     limit = parse_bytes(budget) if budget else None
     run = read_run_file(config) if config else {}
     asked = run.get("lora", {}) | given(flags, "rank")
     lora = LoRAConfig.from_dict(asked | ({"targets": parse_targets(targets)} if targets else {}))
     settings = TrainConfig.from_dict(run.get("train", {}) | given(
         flags, "batch_size", "batch_tokens", "max_length", "epochs", "max_steps", "packing",
-        "kernels", "recompute",
+        "kernels", "recompute", "shard",
     ))  # fmt: skip
-    planned = Planned.read(base, data, lora, settings, dtype=dtype)
-    machine = known_device(device) if device else this_machine(planned.dtype)
+    if measure:
+        limit_kept_kernels()  # as `train` does, and before this process multiplies anything
+    settings = replace(settings, budget_bytes=limit)
+    planned = Planned.read(base, data, lora, settings, dtype=dtype, processes=processes)
+    machine = known_device(device) if device else this_machine(planned.dtype, processes=processes)
     factor = measured_factor(planned, machine, base, data, dtype=dtype) if measure else 1.0
     result, fits = _result(planned, machine, limit, factor)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from lorasmith.train import Layout, TrainConfig
 
 Method = Literal["lora", "full"]
-MEASURED_STEPS = 3
+MEASURED_STEPS = 6
 LEAST_LENGTH = 64
 
 
@@ -32,6 +33,7 @@ class Planned:
         trained: what LoRA would train.
         steps: optimizer steps in all.
         runtime_bytes: what this very process holds without weights.
+        processes: that share each step; all figures are of one of them.
     """
 
     name: str
@@ -47,9 +49,19 @@ class Planned:
     order: Steps
     layout: Layout
     runtime_bytes: int
+    processes: int = 1
 
     @classmethod
-    def read(cls, base: str, data: Path, config: LoRAConfig, settings: TrainConfig, *, dtype: str) -> Planned:
+    def read(
+        cls,
+        base: str,
+        data: Path,
+        config: LoRAConfig,
+        settings: TrainConfig,
+        *,
+        dtype: str,
+        processes: int = 1,
+    ) -> Planned:
         """Build the skeleton, encode the data and lay out its steps."""
         from lorasmith.bases import load_skeleton, load_tokenizer, pick_dtype
         from lorasmith.data import read_records
@@ -73,6 +85,7 @@ class Planned:
             order=order,
             layout=layout,
             runtime_bytes=resident_bytes(),
+            processes=processes,
         )
 
     @property
@@ -98,14 +111,17 @@ class Planned:
             computing=computing_of(self.skeleton.model, self.settings, self.dtype),
             file_itemsize=self.skeleton.file_itemsize,
             is_mapped=self.skeleton.file_itemsize == self.decoder.itemsize,
+            gives_back=self.settings.budget_bytes is not None,
+            sharded_over=self.processes if (method, self.settings.shard) == ("lora", "base") else 1,
         )  # fmt: skip
 
     def _passes(self, batch_tokens: int) -> tuple[list[list[Pass]], list[list[Pass]]]:
-        from lorasmith.train import passes_of
+        from lorasmith.train import World, passes_of
 
         return passes_of(
-            self.layout, self.encoded.examples, self.order, total=self.steps, batch_tokens=batch_tokens
-        )
+            self.layout, self.encoded.examples, self.order, total=self.steps, batch_tokens=batch_tokens,
+            world=World(size=self.processes),
+        )  # fmt: skip
 
     def estimate(self, machine: Machine, method: Method, factor: float) -> Estimate:
         """Memory, operations and time of one method."""
@@ -156,7 +172,12 @@ class Planned:
         largest = lora["largest_pass"]
         by_layer = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in lora["by_layer"].items())
         why = {
-            "weights_bytes": f"{self.decoder.params:,} of {self.decoder.itemsize} bytes",
+            "weights_bytes": f"{self.decoder.params:,} of {self.decoder.itemsize} bytes"
+            + (
+                f", layers spread over {self.processes} processes"
+                if lora["weights_bytes"] < full["weights_bytes"]
+                else ""
+            ),
             "adapter_bytes": "Σ rank·(in + out), float32",
             "gradient_bytes": "one for each trained number",
             "optimizer_bytes": "Adam: two moments each",
@@ -191,20 +212,30 @@ def measured_factor(planned: Planned, machine: Machine, base: str, data: Path, *
     from lorasmith.planning import estimate
     from lorasmith.train import read_metrics, train
 
-    settings = replace(planned.settings, max_steps=MEASURED_STEPS, save_every=MEASURED_STEPS)
+    settings = replace(
+        planned.settings, max_steps=MEASURED_STEPS, save_every=MEASURED_STEPS, budget_bytes=None
+    )
     with tempfile.TemporaryDirectory() as scratch:
         train(load_base(base, dtype=dtype), data, planned.config, settings, out=scratch, quiet=True)
         rows = [row for row in read_metrics(Path(scratch) / "metrics.jsonl") if "step_s" in row]
-    # The first step also compiles kernels and grows the heap, so it says little about the rest.
-    measured = rows[1:] or rows
-    rate = sum(row["step_s"] for row in measured) / sum(row["tokens"] for row in measured)
-    predicted = estimate(planned.job("lora"), machine, runtime_bytes=0).train_s
     tokens = (
         planned.encoded.stats.tokens
         * planned.steps
         / max(1, planned.encoded.stats.examples / planned.settings.batch_size)
     )
-    return float(rate * tokens / predicted)
+    predicted = estimate(planned.job("lora"), machine, runtime_bytes=0).train_s
+    return seconds_of_run(rows, tokens) / predicted
+
+
+def seconds_of_run(rows: Sequence[Mapping[str, Any]], tokens: float) -> float:
+    """Seconds that so many tokens take, from the first steps of a run, each with its `step_s` and `tokens`.
+
+    The first step compiles kernels and grows the heap: what it took beyond the others' rate is counted once. The
+    others' mean, not their median: steps of new shapes compile too, and go on doing so.
+    """
+    first, others = rows[0], rows[1:] or rows
+    rate = sum(row["step_s"] for row in others) / sum(row["tokens"] for row in others)
+    return float(rate * tokens + max(0.0, first["step_s"] - rate * first["tokens"]))
 
 
 def _trained(model: Any, config: LoRAConfig) -> Trained:

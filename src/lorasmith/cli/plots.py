@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.errors import OutputError
+from lorasmith.drawing import BLUE, GREY, INK, ORANGE, SOFT, label, panels
 
 if TYPE_CHECKING:
     from lorasmith.analysis import Comparison, ExtractErrors, RelativeError, Spectrum
     from lorasmith.lora import Adapter
 
-INK, SOFT, BLUE, ORANGE, GREY = "#1b2430", "#6b7685", "#1f4e9c", "#c2410c", "#c9d1db"
 KINDS = ("#1f4e9c", "#2f8fb3", "#3aa17e", "#b58b00", "#c2410c", "#a0357a", "#6650a4", "#5b6570")
 MOST_KINDS = 8
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
@@ -24,14 +21,14 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
 def draw_spectra(found: Mapping[str, Spectrum], title: str, out: Path) -> None:
     """Norm and effective rank of every module, and the shape of the spectra by kind of module."""
-    with _figure(out, 2, 2, title) as axes:
+    with panels(out, 2, rows=2, title=title) as (norm, rank, spectrum, energy):
         norms = {path: s.frobenius_norm for path, s in found.items()}
-        _heatmap(axes[0][0], norms, "size of the change, ‖ΔW‖", "Blues")
+        _heatmap(norm, norms, "size of the change, ‖ΔW‖", "Blues")
         ranks = {path: s.effective_rank for path, s in found.items()}
         top = max((s.rank for s in found.values()), default=1)
-        _heatmap(axes[0][1], ranks, f"effective rank (of {top})", "YlGnBu", span=(0, top))
-        _spectra_lines(axes[1][0], found)
-        _energy_lines(axes[1][1], found)
+        _heatmap(rank, ranks, f"effective rank (of {top})", "YlGnBu", span=(0, top))
+        _spectra_lines(spectrum, found)
+        _energy_lines(energy, found)
 
 
 def draw_comparison(
@@ -42,31 +39,31 @@ def draw_comparison(
 
     from lorasmith.analysis import overlap_grid
 
-    with _figure(out, 1, 3, f"{names[0]}  against  {names[1]}") as axes:
+    with panels(out, 3, title=f"{names[0]}  against  {names[1]}") as axes:
         cosines = {path: c.cosine for path, c in compared.items() if c.cosine is not None}
-        _heatmap(axes[0][0], cosines, "cosine of the two changes", "RdBu", span=(-1, 1))
+        _heatmap(axes[0], cosines, "cosine of the two changes", "RdBu", span=(-1, 1))
         # input directions still lie near the random start of A; output directions are all learned
         grids = [overlap_grid(a, b, path, side="left").double() for path in cosines]
         shapes = {tuple(g.shape) for g in grids}
         grids = (
             [g for g in grids if tuple(g.shape) == max(shapes, key=lambda s: s[0] * s[1])] if grids else []
         )
-        panel = axes[0][1]
+        panel = axes[1]
         if grids:
             mean = torch.stack(grids).mean(0)
             image = panel.imshow(mean.tolist(), cmap="magma", vmin=0, vmax=max(0.1, float(mean.max())), origin="lower",
                                  extent=(0.5, mean.shape[1] + 0.5, 0.5, mean.shape[0] + 0.5), aspect="auto")  # fmt: skip
             panel.figure.colorbar(image, ax=panel, fraction=0.046, pad=0.03)
-        _label(
+        label(
             panel, "overlap φ(i, j) of output directions, mean", "top j of the second", "top i of the first"
         )
-        panel = axes[0][2]
+        panel = axes[2]
         largest = max((max(c.norm_a, c.norm_b) for c in compared.values()), default=1.0) * 1.05
         panel.plot([0, largest], [0, largest], color=GREY, linewidth=1, zorder=0)
         for colour, (kind, paths) in zip(KINDS, _kinds(compared).items(), strict=False):
             points = [(compared[p].norm_a, compared[p].norm_b) for p in paths]
             panel.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.7, linewidths=0, label=kind)
-        _label(panel, "‖ΔW‖ of every module", "first", "second")
+        label(panel, "‖ΔW‖ of every module", "first", "second")
         panel.legend(frameon=False, fontsize=7)
 
 
@@ -74,8 +71,8 @@ def draw_compression(
     found: Mapping[str, Spectrum], after: Adapter, error: RelativeError, title: str, out: Path
 ) -> None:
     """What every rank would cost, with the one that was taken, and the error of every module."""
-    with _figure(out, 1, 2, f"{title}: relative error {error.overall:.2%}") as axes:
-        panel = axes[0][0]
+    with panels(out, 2, title=f"{title}: relative error {error.overall:.2%}") as axes:
+        panel = axes[0]
         tails = tail_errors(found)
         panel.plot(range(1, len(tails) + 1), tails, color=BLUE, linewidth=1.8, marker="o", markersize=3)
         ranks = [f.rank for f in after.factors.values()]
@@ -84,13 +81,13 @@ def draw_compression(
             f"  taken: {_ranks(ranks)}", (sum(ranks) / len(ranks), error.overall), color=ORANGE, va="bottom"
         )
         panel.set_ylim(bottom=0)
-        _label(
+        label(
             panel, "what one rank for all modules would cost", "rank", "relative error of the whole adapter"
         )
         if min(ranks) != max(ranks):
-            _heatmap(axes[0][1], {p: float(f.rank) for p, f in after.factors.items()}, "rank kept", "YlGnBu")
+            _heatmap(axes[1], {p: float(f.rank) for p, f in after.factors.items()}, "rank kept", "YlGnBu")
         else:
-            _heatmap(axes[0][1], error.modules, "relative error of a module", "OrRd", span=(0, None))
+            _heatmap(axes[1], error.modules, "relative error of a module", "OrRd", span=(0, None))
 
 
 def tail_errors(found: Mapping[str, Spectrum]) -> list[float]:
@@ -112,8 +109,8 @@ def draw_combination(
 
     named = {f"{_short(path)}\n× {w:g}": a for (path, a), w in zip(sources.items(), weights, strict=True)}
     named["result"] = made
-    with _figure(out, 1, 2, title) as axes:
-        panel, labels = axes[0][0], list(named)
+    with panels(out, 2, title=title) as axes:
+        panel, labels = axes[0], list(named)
         cosines = [[cosine(a, b) or 0.0 for b in named.values()] for a in named.values()]
         image = panel.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
         panel.figure.colorbar(image, ax=panel, fraction=0.046, pad=0.03)
@@ -124,22 +121,22 @@ def draw_combination(
                 panel.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9,
                            color="white" if abs(value) > 0.6 else INK)  # fmt: skip
         panel.set_title("cosine between whole changes", loc="left", fontsize=10)
-        panel = axes[0][1]
-        for colour, (label, adapter) in zip((*KINDS[:-1], INK), named.items(), strict=False):
+        panel = axes[1]
+        for colour, (name, adapter) in zip((*KINDS[:-1], INK), named.items(), strict=False):
             is_result = adapter is made
             layers = _norm_by_layer(adapter)
-            panel.plot(list(layers), list(layers.values()), label=label.replace("\n", " "),
+            panel.plot(list(layers), list(layers.values()), label=name.replace("\n", " "),
                        color=ORANGE if is_result else colour, linewidth=2.2 if is_result else 1.4)  # fmt: skip
         panel.set_ylim(bottom=0)
-        _label(panel, "size by layer, before weighting", "layer", "‖ΔW‖ over the layer's modules")
+        label(panel, "size by layer, before weighting", "layer", "‖ΔW‖ over the layer's modules")
         panel.legend(frameon=False, fontsize=8)
 
 
 def draw_extraction(errors: ExtractErrors, title: str, out: Path) -> None:
     """The error of every module, and where the energy of tuned − base went."""
-    with _figure(out, 1, 2, f"{title}: relative error {errors.relative_error:.2%}") as axes:
-        _heatmap(axes[0][0], errors.modules, "relative error of a module", "OrRd", span=(0, None))
-        panel = axes[0][1]
+    with panels(out, 2, title=f"{title}: relative error {errors.relative_error:.2%}") as axes:
+        _heatmap(axes[0], errors.modules, "relative error of a module", "OrRd", span=(0, None))
+        panel = axes[1]
         # captured = 1 − (cut + outside), and cut / (captured + cut) = relative_error² within the modules
         inside = errors.captured / max(1 - errors.relative_error**2, 1e-12)
         shares = [
@@ -152,31 +149,7 @@ def draw_extraction(errors: ExtractErrors, title: str, out: Path) -> None:
         panel.set_xlim(0, 1.15)
         panel.set_xticks([0, 0.25, 0.5, 0.75, 1])
         panel.invert_yaxis()
-        _label(panel, "where ‖tuned − base‖² is", "share", "")
-
-
-@contextmanager
-def _figure(out: Path, rows: int, columns: int, title: str) -> Iterator[Any]:
-    """Panels, rows × columns, that become a PNG, whole or not at all."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    size = (5.6 * columns, 4.1 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=130, squeeze=False, layout="constrained")
-    figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.png")
-    try:
-        yield axes
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise OutputError(f"the plot {out} cannot be written: {error.strerror or error}") from error
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
+        label(panel, "where ‖tuned − base‖² is", "share", "")
 
 
 def _heatmap(
@@ -214,7 +187,7 @@ def _spectra_lines(panel: Any, found: Mapping[str, Spectrum]) -> None:
 
     _median_lines(panel, found, relative)
     panel.set_yscale("log")
-    _label(panel, "spectrum: median of the layers, band 10–90 %", "direction", "σᵢ / σ₁")
+    label(panel, "spectrum: median of the layers, band 10–90 %", "direction", "σᵢ / σ₁")
     panel.legend(frameon=False, fontsize=8, ncols=2, loc="lower left")
 
 
@@ -223,7 +196,7 @@ def _energy_lines(panel: Any, found: Mapping[str, Spectrum]) -> None:
     panel.axhline(0.99, color=GREY, linewidth=1, zorder=0)
     panel.text(1, 0.992, "99 %", color=SOFT, fontsize=8, va="bottom")
     panel.set_ylim(0, 1.05)
-    _label(panel, "energy in the first directions", "directions kept", "share of ‖ΔW‖²")
+    label(panel, "energy in the first directions", "directions kept", "share of ‖ΔW‖²")
 
 
 def _median_lines(
@@ -240,15 +213,6 @@ def _median_lines(
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[round(share * (len(ordered) - 1))]
-
-
-def _label(panel: Any, title: str, x: str, y: str) -> None:
-    panel.set_title(title, loc="left", fontsize=10, color=INK)
-    panel.set_xlabel(x, fontsize=9, color=SOFT)
-    panel.set_ylabel(y, fontsize=9, color=SOFT)
-    panel.tick_params(labelsize=8, colors=SOFT)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.spines[["left", "bottom"]].set_color(GREY)
 
 
 def _place(path: str) -> tuple[str, int]:

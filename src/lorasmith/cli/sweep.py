@@ -66,15 +66,18 @@ def _run(flags: dict[str, Any], lora: dict[str, Any], train: dict[str, Any], *, 
     from lorasmith.bases import load_base
     from lorasmith.sweep import Halving
     from lorasmith.sweep import sweep as run_sweep
+    from lorasmith.train import world
 
     halving = None if flags["halving"] is None else Halving(flags["halving"])
-    result = run_sweep(
-        load_base(flags["base"], dtype=flags["dtype"]), flags["data"], made, out=flags["out"],
-        eval_data=flags["eval_data"], halving=halving, resume=flags["resume"],
-    )  # fmt: skip
-    if as_json:
+    with world() as here:
+        device = here.device if here.size > 1 else "cpu"
+        result = run_sweep(
+            load_base(flags["base"], dtype=flags["dtype"], device=device), flags["data"], made, out=flags["out"],
+            eval_data=flags["eval_data"], halving=halving, resume=flags["resume"],
+        )  # fmt: skip
+    if as_json and here.is_first:
         print_json(result.to_dict())
-    elif not result.interrupted:
+    elif here.is_first and not result.interrupted:
         _print(result)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)

@@ -65,6 +65,9 @@ def train(
     kernels: Annotated[str | None, typer.Option(help="auto, block, inductor or plain.")] = None,
     recompute: Annotated[str | None, typer.Option(help="auto, none, mlp or layers.")] = None,
     budget: Annotated[str | None, typer.Option(help="Largest peak of memory, such as 2GiB.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Under torchrun: none, or base, spread over the processes.")
+    ] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of factors, order and dropout. Default 0.")] = None,
@@ -86,7 +89,7 @@ def train(
             lora[name] = parse_targets(flags[name])
     settings = run.get("train", {}) | given(
         flags, "method", "lr", "epochs", "max_steps", "batch_size", "batch_tokens", "max_length", "packing",
-        "kernels", "recompute", "eval_every", "save_every", "seed",
+        "kernels", "recompute", "shard", "eval_every", "save_every", "seed",
     )  # fmt: skip
     settings = with_method_options(settings, flags)
     if budget is not None:
@@ -113,26 +116,33 @@ def _run(
 ) -> None:
     from lorasmith.bases import load_base
     from lorasmith.lora import LoRAConfig
-    from lorasmith.train import TrainConfig
+    from lorasmith.train import TrainConfig, world
     from lorasmith.train import train as run_training
 
     lora_config, train_config = LoRAConfig.from_dict(lora), TrainConfig.from_dict(settings)
-    base = load_base(str(places["base"]), dtype=places["dtype"] or "auto")
-    decisions = None
-    if auto:
-        from lorasmith.cli.auto import decide
+    with world() as here:
+        if auto and here.size > 1:
+            raise ConfigError(
+                "--auto measures with one process, and torchrun started several. Run it alone, then give these "
+                "processes what it chose (its run.json)."
+            )
+        device = here.device if here.size > 1 and train_config.shard == "none" else "cpu"
+        base = load_base(str(places["base"]), dtype=places["dtype"] or "auto", device=device)
+        decisions = None
+        if auto:
+            from lorasmith.cli.auto import decide
 
-        asked = {*lora, *settings}
-        lora_config, train_config, decisions = decide(
-            base, Path(places["data"]), lora_config, train_config, given=asked
-        )
-    result = run_training(
-        base, places["data"], lora_config, train_config,
-        out=places["out"], eval_data=places["eval_data"], resume=resume,
-    )  # fmt: skip
-    if as_json:
+            asked = {*lora, *settings}
+            lora_config, train_config, decisions = decide(
+                base, Path(places["data"]), lora_config, train_config, given=asked
+            )
+        result = run_training(
+            base, places["data"], lora_config, train_config,
+            out=places["out"], eval_data=places["eval_data"], resume=resume,
+        )  # fmt: skip
+    if as_json and here.is_first:
         print_json(result.to_dict() | ({"decisions": decisions} if auto else {}))
-    elif not result.interrupted:
+    elif here.is_first and not result.interrupted:
         best = f", evaluation loss {result.eval_loss:.4f}" if result.eval_loss is not None else ""
         say(f"done: training loss {result.train_loss:.4f}{best}, {result.tokens_per_s:,.0f} tokens/s")
         print(result.adapter_dir)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from lorasmith.errors import DataError, did_you_mean
 
-SAMPLES = ("e2e/train", "e2e/validation", "e2e/test")
+SAMPLES = tuple(
+    f"{task}/{part}" for task in ("e2e", "clinc150", "wikisql") for part in ("train", "validation", "test")
+)
 
 
 def sample_path(name: str) -> Path:

@@ -1,11 +1,10 @@
 """Many devices: what each of them holds, and how long a step waits for the network.
 
-The frozen base lies on `shard` devices together (1: every device has it whole); the layers are gathered one after
-another, in the forward and again in the backward pass, the next one while this one computes. Factors are replicated;
-each device has rows of its own, and their gradients are summed once a step. With P bytes of the layers' weights on N
-devices in groups of S, each device
+The frozen base lies on `shard` devices together (1: every device has it whole), as `estimate.weights_here` says: its
+layers are gathered one after another, in the forward and again in the backward pass, the next one while this one
+computes. Factors are replicated; each device has rows of its own, and their gradients are summed once a step. With P
+bytes of the layers' weights on N devices in groups of S, each device
 
-    holds      P/S, two gathered layers (one that computes, one that comes), and the embeddings and head whole
     receives   2 · P · (S − 1)/S a step for the base, 2 · T · (N − 1)/N for T bytes of trained numbers' gradients
     waits      max(compute, receive the base) + receive the gradients + latency · steps of the collectives
 
@@ -15,12 +14,12 @@ In full fine-tuning gradients and moments lie in shards too, and the gradients a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorasmith.errors import ConfigError
 from lorasmith.planning.activations import Trained
 from lorasmith.planning.decoder import Decoder
-from lorasmith.planning.estimate import MARGIN, Job, estimate
+from lorasmith.planning.estimate import GATHERED_LAYERS, MARGIN, Job, estimate
 from lorasmith.planning.machine import Machine
 from lorasmith.planning.work import work_of
 
@@ -112,15 +111,14 @@ def spread(
         raise ConfigError(f"devices={devices}, shard={shard}: use a divisor of the devices")
     if base_bits is not None and job.trained.is_full:
         raise ConfigError("a quantised base can't be trained in full")
-    d = job.decoder
-    one = estimate(job, machine, runtime_bytes=0)
-    weight_bytes = d.itemsize if base_bits is None else base_bits / 8
-    layers, rest = d.linear_params * weight_bytes, (d.params - d.linear_params) * d.itemsize
-    state = 3 * one.gradient_bytes / shard if job.trained.is_full else 0
-    base = layers / shard + rest + (2 * layers / d.layers if shard > 1 else 0)
-    unpacked = 0 if base_bits is None else d.itemsize * max(_sizes(d))
-    others = one.peak_bytes - one.weights_bytes - (3 * one.gradient_bytes if job.trained.is_full else 0)
-    memory = int(base + unpacked + state + others)
+    d, here = job.decoder, replace(job, sharded_over=shard)
+    one = estimate(here, machine, runtime_bytes=0)
+    memory = one.peak_bytes
+    if base_bits is not None:
+        memory -= _saved_bytes(here, base_bits)
+    if job.trained.is_full:
+        memory -= int(3 * one.gradient_bytes * (1 - 1 / shard))
+    layers = d.linear_params * (d.itemsize if base_bits is None else base_bits / 8)
     passes = [p for step in job.passes for p in step]
     share = 1 / len(job.passes)
     reduced = 2 * one.gradient_bytes * (devices - 1) / devices / network.rate(devices)
@@ -174,9 +172,9 @@ def llama_like(
     }
     linears = {f"model.layers.{n}.{path}": shape for n in range(layers) for path, shape in shapes.items()}
     table = vocabulary * width
-    norms = (2 * layers + 1) * width
+    blocks = sum(a * b for a, b in linears.values()) + 2 * layers * width
     return Decoder(
-        params=sum(a * b for a, b in linears.values()) + norms + table * (1 if is_tied else 2),
+        params=blocks + width + table * (1 if is_tied else 2),
         itemsize=itemsize,
         linears=linears,
         layers=layers,
@@ -187,6 +185,8 @@ def llama_like(
         mlp_width=mlp_width,
         vocabulary=vocabulary,
         untied_embeddings=0 if is_tied else table,
+        layer_params=blocks,
+        largest_layer_params=blocks // layers,
     )
 
 
@@ -195,5 +195,9 @@ def everywhere(decoder: Decoder, rank: int) -> Trained:
     return Trained(dict.fromkeys(decoder.linears, rank))
 
 
-def _sizes(decoder: Decoder) -> list[int]:
-    return [rows * columns for rows, columns in decoder.linears.values()]
+def _saved_bytes(job: Job, base_bits: float) -> int:
+    """What packed weights spare one device: of its part and of the gathered layers, less one matrix unpacked."""
+    d, n = job.decoder, job.sharded_over
+    held = d.linear_params / n + (GATHERED_LAYERS * d.linear_params / d.layers if n > 1 else 0)
+    largest = max(rows * columns for rows, columns in d.linears.values())
+    return int(held * (d.itemsize - base_bits / 8)) - largest * d.itemsize

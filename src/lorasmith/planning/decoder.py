@@ -27,6 +27,7 @@ class Decoder:
         activation: name of the MLP's nonlinearity.
         is_gated: the MLP multiplies two projections.
         untied_embeddings: parameters of input embeddings that are no output head at the same time.
+        layer_params: of all decoder layers. largest_layer_params: of one.
         is_eager: attention scores exist whole (a soft cap forbids the fused kernel).
     """
 
@@ -47,6 +48,8 @@ class Decoder:
     is_gated: bool = True
     is_eager: bool = False
     untied_embeddings: int = 0
+    layer_params: int = 0
+    largest_layer_params: int = 0
 
     @property
     def query_width(self) -> int:
@@ -99,6 +102,7 @@ def decoder_of(model: nn.Module, *, itemsize: int | None = None) -> Decoder:
     width, heads = int(config.hidden_size), int(config.num_attention_heads)
     parameters = [p for name, p in model.named_parameters() if ".lora_" not in name]
     norms = list(_norms(model))
+    by_layer = _params_by_layer(model)
     return Decoder(
         params=sum(p.numel() for p in parameters),
         itemsize=itemsize or parameters[0].element_size(),
@@ -119,6 +123,8 @@ def decoder_of(model: nn.Module, *, itemsize: int | None = None) -> Decoder:
         is_gated=any("gate" in path.rpartition(".")[2] for path in linears),
         is_eager=getattr(config, "_attn_implementation", None) == "eager",
         untied_embeddings=_untied_embeddings(model),
+        layer_params=sum(by_layer.values()),
+        largest_layer_params=max(by_layer.values(), default=0),
     )
 
 
@@ -131,6 +137,15 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
         elif hasattr(module, "nf") and isinstance(getattr(module, "weight", None), nn.Parameter):
             columns, rows = module.get_parameter("weight").shape  # GPT-2's Conv1D is stored the other way
             yield path, (int(rows), int(columns))
+
+
+def _params_by_layer(model: nn.Module) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for name, parameter in model.named_parameters():
+        number = layer_number(name)
+        if number is not None and ".lora_" not in name:
+            found[number] = found.get(number, 0) + parameter.numel()
+    return found
 
 
 def _untied_embeddings(model: Any) -> int:

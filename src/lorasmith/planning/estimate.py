@@ -48,6 +48,8 @@ class Job:
         computing: how layers are computed, and which of them again in the backward pass.
         keeps_best: a held-out set chooses the best adapter, of which a copy is kept.
         file_itemsize: bytes of a weight in the base's own file.
+        gives_back: freed memory goes back to the system at once, as under a budget, so the heap has no holes.
+        sharded_over: processes that the frozen base is spread over, layer by layer; 1 keeps it whole.
         is_mapped: the weights are pages of that file, which become resident when they are read; of input
             embeddings that is a few rows.
     """
@@ -61,6 +63,8 @@ class Job:
     keeps_best: bool = False
     file_itemsize: int | None = None
     is_mapped: bool = False
+    gives_back: bool = False
+    sharded_over: int = 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     d, trained = job.decoder, job.trained
     numbers = trained.params(d)
     itemsize = d.itemsize if trained.is_full else FP32_BYTES
-    weights, state = d.params * d.itemsize, numbers * itemsize
+    weights, state = weights_here(job), numbers * itemsize
     runtime = CUDA_CONTEXT_BYTES if machine.is_cuda else runtime_bytes
     looked_at = [*job.passes, *job.worst]
     largest = max((p for step in looked_at for p in step), key=lambda p: _live(job, p))
@@ -119,7 +123,9 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     accumulates = any(len(step) > 1 for step in looked_at)
     adapter = 0 if trained.is_full else state
     never_read = (
-        d.untied_embeddings * d.itemsize if job.is_mapped and not (trained.is_full or machine.is_cuda) else 0
+        d.untied_embeddings * d.itemsize
+        if job.is_mapped and not (trained.is_full or machine.is_cuda or job.sharded_over > 1)
+        else 0
     )
     constant = weights - never_read + adapter + 2 * state + (state if job.keeps_best else 0)
     in_backward = state + backward_bytes(d, trained, largest, job.computing)
@@ -150,6 +156,20 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     )
 
 
+GATHERED_LAYERS = 3
+"""Of a sharded base: the layer that computes, the next, and the buffer through which they come."""
+
+
+def weights_here(job: Job) -> int:
+    """Bytes of the base in one process."""
+    d, n = job.decoder, job.sharded_over
+    if n == 1:
+        return d.params * d.itemsize
+    spread = d.layer_params + d.untied_embeddings
+    gathered = max(GATHERED_LAYERS * d.largest_layer_params, d.untied_embeddings)
+    return (d.params - spread + -(-spread // n) + gathered) * d.itemsize
+
+
 def heap_holes(job: Job, p: Pass) -> int:
     """What the C library's heap holds between tensors: fitted to measured runs (benchmarks/bench_plan.py), not derived.
 
@@ -161,6 +181,8 @@ def heap_holes(job: Job, p: Pass) -> int:
     copies = 2 * d.itemsize if trained.is_full else 4 * FP32_BYTES
     state = copies * trained.params(d)
     varies = has_many_shapes(job)
+    if job.gives_back:
+        return varies * KERNELS_BYTES + LATER_BYTES
     holes = HOLES_PER_BYTE[varies] * kept + HOLES_PER_BYTE[False] * state + varies * KERNELS_BYTES
     return int(holes) + backward_bytes(d, trained, p, how) + LATER_BYTES
 
@@ -180,6 +202,8 @@ def _loading(job: Job) -> int:
     """While the base is read: its weights, and the file's pages where they are converted to another dtype."""
     d = job.decoder
     file = job.file_itemsize or d.itemsize
+    if job.sharded_over > 1 and file == d.itemsize:  # each process reads its part of the file alone
+        return weights_here(job)
     return d.params * (d.itemsize + (file if file != d.itemsize else 0))
 
 

@@ -81,16 +81,17 @@ def known_device(name: str) -> Machine:
     )
 
 
-def this_machine(dtype: torch.dtype | None) -> Machine:
+def this_machine(dtype: torch.dtype | None, *, processes: int = 1) -> Machine:
     """The CPU here: memory under every limit, and rates measured in half a second.
 
     What this process holds already counts as free, since the run takes it over.
 
     Args:
         dtype: of the products; None measures nothing, where only memory matters.
+        processes: that share it; what is free is divided among them.
     """
     memory, why = usable_memory()
-    name, memory = "this machine", memory + resident_bytes(anonymous=True)
+    name, memory = "this machine", memory // processes + resident_bytes(anonymous=True)
     if dtype is None:
         return Machine(name, memory, math.inf, math.inf, f"memory: {why}")
     rate, traffic = matmul_rate(dtype), copy_rate()

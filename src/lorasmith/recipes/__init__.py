@@ -2,5 +2,5 @@
 
 They use what any user can import, and nothing imports them.
 
-May import: analysis, bases, formats, inject, lora, train, errors.
+May import: analysis, bases, formats, inject, lora, train, drawing, errors.
 """

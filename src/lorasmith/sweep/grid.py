@@ -12,7 +12,7 @@ from lorasmith.errors import ConfigError, did_you_mean
 from lorasmith.lora import LoRAConfig
 from lorasmith.train import TrainConfig
 
-SHARED = ("method", "batch_tokens", "kernels", "recompute", "budget_bytes", "save_every")
+SHARED = ("method", "batch_tokens", "kernels", "recompute", "budget_bytes", "shard", "save_every")
 """Settings of the process, the same for all runs of a sweep."""
 NOT_IN_A_SWEEP = ("bias", "lora_bias", "modules_to_save", "trainable_tokens", "target_parameters", "parts")
 LORA_KEYS = (
@@ -128,6 +128,8 @@ def _not_shared(config: LoRAConfig, settings: TrainConfig) -> Iterator[str]:
         yield f"method={settings.method!r}: full fine-tuning changes the base that a sweep shares"
     if settings.budget_bytes is not None:
         yield "budget_bytes is settled for one adapter; for a sweep, give recompute and batch_tokens"
+    if settings.shard != "none":
+        yield f"shard={settings.shard!r}: the processes of a sweep keep different times, so none waits for another's weights"
     if settings.kernels == "inductor":
         yield "kernels='inductor' compiles layers for one adapter; use auto, block or plain"
 

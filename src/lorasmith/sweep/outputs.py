@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasmith.errors import OutputError
+from lorasmith.drawing import INK, label, panels
 
-INK, SOFT, GREY = "#1b2430", "#6b7685", "#c9d1db"
+NAMES = {"lr": "learning rate"}
 LINES = ("#1f4e9c", "#c2410c", "#3aa17e", "#a0357a", "#b58b00", "#2f8fb3", "#6650a4", "#5b6570")
 
 
@@ -54,28 +53,11 @@ def plot_sweep(
     found = cells(runs, varied, axes) if axes else {}
     if not found:
         return None
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     values = [_in_order(varied, axis) for axis in axes]
-    count = len(axes)
-    figure, panels = plt.subplots(
-        1, count, figsize=(6.2 * count, 4.4), dpi=130, squeeze=False, layout="constrained"
-    )
-    try:
-        if count == 2:
-            _heat_map(panels[0][0], found, axes, values)
-        _lines(panels[0][-1], found, axes, values)
-        figure.suptitle(_title(runs, varied, axes), fontsize=11, color=INK, x=0.01, ha="left")
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.png")
-        figure.savefig(temporary)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise OutputError(f"the plot {out} cannot be written: {error.strerror or error}") from error
-    finally:
-        plt.close(figure)
+    with panels(out, len(axes), width=6.2, height=4.4, title=_title(runs, varied, axes)) as drawn:
+        if len(axes) == 2:
+            _heat_map(drawn[0], found, axes, values)
+        _lines(drawn[-1], found, axes, values)
     return out
 
 
@@ -113,7 +95,7 @@ def _heat_map(panel: Any, found: Mapping[tuple[str, ...], tuple[float, float, in
         text = f"{mean:.4f}" + (f"\n± {spread:.4f}" if count > 1 else "")
         panel.text(values[0].index(x), values[1].index(y), text, ha="center", va="center", fontsize=9,
                    color="white" if dark else INK, fontweight="bold" if mean == low else "normal")  # fmt: skip
-    _label(panel, "held-out loss, nats per token", axes[0], axes[1])
+    label(panel, "held-out loss, nats per token", *(NAMES.get(axis, axis) for axis in axes))
     panel.spines[:].set_visible(False)
 
 
@@ -129,9 +111,8 @@ def _lines(panel: Any, found: Mapping[tuple[str, ...], tuple[float, float, int]]
     panel.set_xticks(range(len(values[0])), values[0])
     most = max(count for _, _, count in found.values())
     over = f"mean and standard deviation of {most} seeds" if most > 1 else "one seed each"
-    _label(panel, over, axes[0], "held-out loss")
+    label(panel, over, NAMES.get(axes[0], axes[0]), "held-out loss")
     panel.grid(alpha=0.2)
-    panel.spines[["top", "right"]].set_visible(False)
     if len(axes) == 2:
         panel.legend(frameon=False, fontsize=8)
 
@@ -145,15 +126,6 @@ def _title(
     said = f"; the best over {', '.join(rest)} in each cell" if rest else ""
     left = f" ({len(runs) - done} more did not come to their end)" if done < len(runs) else ""
     return f"{done} runs{left}, best {runs[0]['name']} at {runs[0]['eval_loss']:.4f}{said}"
-
-
-def _label(panel: Any, title: str, x: str, y: str) -> None:
-    names = {"lr": "learning rate"}
-    panel.set_title(title, loc="left", fontsize=10, color=INK)
-    panel.set_xlabel(names.get(x, x), fontsize=9, color=SOFT)
-    panel.set_ylabel(names.get(y, y), fontsize=9, color=SOFT)
-    panel.tick_params(labelsize=9, colors=SOFT, length=0)
-    panel.spines[["left", "bottom"]].set_color(GREY)
 
 
 def _text(value: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +23,21 @@ from lorasmith.sweep.member import Member
 from lorasmith.sweep.outputs import plot_sweep, ranked
 from lorasmith.sweep.passes import joint_passes
 from lorasmith.sweep.places import finished, latest_round, prepare, write_plan, write_result
+from lorasmith.sweep.result import SweepResult
 from lorasmith.sweep.show import Table
-from lorasmith.train import Forward, Sets, Signals, collate, computing, peak_rss_bytes
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """Result of `sweep`.
-
-    Attributes:
-        runs: outcome of each run, the best first: name, config, eval_loss, adapter_dir, ….
-        best: name of the first of them.
-        interrupted: a signal stopped the sweep; it goes on with `resume=True`.
-    """
-
-    runs: list[dict[str, Any]]
-    best: str | None
-    plot: Path | None
-    wall_s: float
-    peak_rss_bytes: int
-    resumed_from_step: int | None = None
-    interrupted: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return vars(self) | {"plot": str(self.plot) if self.plot else None}
+from lorasmith.sweep.spread import Rungs, names_of
+from lorasmith.train import (
+    ALONE,
+    Forward,
+    Sets,
+    Signals,
+    World,
+    collate,
+    computing,
+    partners,
+    peak_rss_bytes,
+    world,
+)
 
 
 def sweep(
@@ -68,7 +57,8 @@ def sweep(
     Each run has the data order, schedule, clipping, optimizer and files (in `out/NAME`) that `train` would
     give it alone; what they share is the passes through the base, where their rows are of one length: always,
     if they have the same data, batch size and seed. Where a product's rows do not depend on how many there are
-    (so on the CPUs that were tried, in bfloat16 and float32), results equal those of `train` to the bit.
+    (so on the CPUs that were tried, in bfloat16 and float32), results equal those of `train` to the bit. Under
+    `torchrun` the runs are spread over its processes, and each shares the passes of its own.
 
     Args:
         data: as in `train`; a point that names `data` of its own has that.
@@ -82,12 +72,19 @@ def sweep(
         OutputError: `out` holds another run, or cannot be written.
     """
     started = time.monotonic()
-    loaded = load_base(base) if isinstance(base, str) else base
-    job = Sweep(loaded, data, points, Path(out), eval_data, halving, quiet=quiet)
-    prepare(job.folder, job.plan, resume=resume)
-    write_plan(job.folder, job.plan)
-    with job.computing():
-        return job.go(resume=resume, started=started, on_round=on_round)
+    with world() as here, partners():
+        loaded = (
+            load_base(base, device=here.device if here.size > 1 else "cpu") if isinstance(base, str) else base
+        )
+        job = Sweep(loaded, data, points, Path(out), eval_data, halving, quiet=quiet, world=here)
+        goes_on = resume or here.has_begun(job.folder)
+        prepare(job.folder, job.plan, resume=goes_on)
+        here.require_same({"sweep": job.plan, "base": loaded.fingerprint.digest})
+        if here.is_first:
+            write_plan(job.folder, job.plan)
+        here.note_begun(job.folder)
+        with job.computing():
+            return job.go(resume=goes_on, started=started, on_round=on_round)
 
 
 class Sweep:
@@ -103,15 +100,18 @@ class Sweep:
         halving: Halving | None,
         *,
         quiet: bool,
+        world: World = ALONE,
     ) -> None:
-        self.base, self.folder, self.halving, self.quiet = base, folder, halving, quiet
+        self.base, self.folder, self.halving, self.quiet = base, folder, halving, quiet or not world.is_first
+        self.world, self.points = world, points
         self.model: nn.Module = base.model
         self.forward = Forward(self.model)
         self._sets: dict[Any, Sets] = {}
         self.held_out_lines: list[int] | None = None
+        self.totals: dict[str, int] = {}
         self.members = self._members(data, points, eval_data)
-        self.total = max(m.total for m in self.members)
-        self.rungs = self._rungs()
+        self.total = max(self.totals.values())
+        self.rungs, self.comparison = self._rungs(), Rungs(world)
         self.bank = Bank({m.name: m.tenant for m in self.members})
         for member in self.members:
             member.bank = self.bank
@@ -120,12 +120,15 @@ class Sweep:
         made, faults = [], []
         if not points:
             raise ConfigError("A sweep needs at least one run.")
+        own = names_of(points, self.world)
         for point in points:
             try:
                 sets = self._read(point.varied.get("data", data), point, eval_data)
                 member = Member(point, self.base, sets, self.folder / point.name)
                 member.start(self.forward)
-                made.append(member)
+                self.totals[point.name] = member.total
+                if point.name in own:
+                    made.append(member)
             except (ConfigError, TargetError, DataError) as error:
                 faults.append((error, f"{point.name}: {error}"))
         if faults:
@@ -153,22 +156,20 @@ class Sweep:
     def _rungs(self) -> list[int]:
         if self.halving is None:
             return []
-        totals = sorted({m.total for m in self.members})
+        totals = sorted(set(self.totals.values()))
         if len(totals) > 1:
             raise ConfigError(
                 f"Halving compares runs after equal steps, and these have {totals[0]} to {totals[-1]} steps. "
                 "Give them the same --max-steps, or leave --halving out."
             )
-        return self.halving.rungs(len(self.members), self.total)
+        return self.halving.rungs(len(self.points), self.total)
 
     @property
     def plan(self) -> dict[str, Any]:
         """What must be the same for a sweep to be resumed."""
         return {
             "base": self.base.name,
-            "runs": {
-                m.name: {k: v for k, v in m.point.config.items() if k != "save_every"} for m in self.members
-            },
+            "runs": {p.name: {k: v for k, v in p.config.items() if k != "save_every"} for p in self.points},
             "halving": self.halving.keep_one_in if self.halving else None,
             "held_out_lines": self.held_out_lines,
         }
@@ -203,21 +204,23 @@ class Sweep:
         resumed = self.round or None
         for member in self.alive:
             member.open(self.policy, self.round)
-        with Table(self, quiet=self.quiet) as table, Signals() as signals:
+        for rung in (r for r in self.rungs if r < self.round):  # for a process that is not so far
+            self.comparison.publish(rung, self._losses_at(rung))
+        with Table(self, quiet=self.quiet) as table, Signals() as self.signals:
             self._announce(table)
             try:
-                self._rounds(table, signals, on_round)
+                self._rounds(table, on_round)
             finally:
                 for member in self.alive:
                     member.metrics.close()
         return self._result(started, resumed)
 
-    def _rounds(self, table: Table, signals: Signals, on_round: Callable[[int], None] | None) -> None:
+    def _rounds(self, table: Table, on_round: Callable[[int], None] | None) -> None:
         if self.round == 0:
             self._evaluate_base()
         self._end_complete()  # a kill may have come between the checkpoints of a round and what follows them
         self._halve(table)
-        while self.alive and not signals.received:
+        while (self.alive or self._is_waited_for()) and not self.signals.received:
             self._step(table)
             self.round += 1
             table.update()
@@ -238,7 +241,13 @@ class Sweep:
                 known[key] = member._evaluate()
             member.metrics.add(step=0, eval_loss=known[key])
 
+    def _is_waited_for(self) -> bool:
+        """Whether other processes will ask at a later rung, though all runs of this one have ended."""
+        return self.world.size > 1 and any(rung > self.round for rung in self.rungs)
+
     def _step(self, table: Table) -> None:
+        if not self.alive:
+            return
         started = time.monotonic()
         units = [unit for member in self.alive for unit in member.units()]
         by_name = {m.name: m for m in self.alive}
@@ -283,13 +292,22 @@ class Sweep:
     def _halve(self, table: Table) -> None:
         if self.round not in self.rungs:
             return
-        losses = {m.name: m.loss_at(self.round) for m in self.members if self._was_alive_at(m, self.round)}
+        losses = self.comparison.everyone(
+            self.round, self._losses_at(self.round), lambda: self.signals.received
+        )
+        if losses is None:
+            return
+        losses = {p.name: losses[p.name] for p in self.points if p.name in losses}
         kept = self.halving.survivors(losses) if self.halving else set(losses)
         gone = [m for m in self.alive if m.name not in kept]
         for member in gone:
             self._end(member, "stopped")
-        if gone:
-            table.say(f"round {self.round}: {len(gone)} of {len(losses)} runs stop here, the best go on")
+        if len(kept) < len(losses):
+            stops = len(losses) - len(kept)
+            table.say(f"round {self.round}: {stops} of {len(losses)} runs stop here, the best go on")
+
+    def _losses_at(self, rung: int) -> dict[str, float]:
+        return {m.name: m.loss_at(rung) for m in self.members if self._was_alive_at(m, rung)}
 
     def _was_alive_at(self, member: Member, step: int) -> bool:
         outcome = self.outcomes.get(member.name)
@@ -311,7 +329,7 @@ class Sweep:
         stats = first.sets.train.stats
         evaluation = first.sets.evaluation.stats if first.sets.evaluation else stats
         table.say(
-            f"{len(self.members)} runs of up to {self.total} steps on {self.base.name}; {self.base.dtype_reason}"
+            f"{len(self.points)} runs of up to {self.total} steps on {self.base.name}; {self.base.dtype_reason}"
         )
         table.say(f"data: {stats.examples} examples, {stats.supervised_tokens:,} tokens carry loss; "
                   f"ranked on {evaluation.examples} others"
@@ -319,8 +337,12 @@ class Sweep:
         for problem in first.sets.problems[:5]:
             table.say(f"  left out or odd – {problem}")
         table.say(f"packing: {first.layout.packing} ({first.layout.reason})")
-        for line in self.policy.lines:
+        for line in (*self.world.lines, *self.policy.lines):
             table.say(line)
+        if self.world.size > 1:
+            table.say(
+                f"each process trains its own runs, this one {len(self.members)}; what follows is about those"
+            )
         if not self.is_joint:
             table.say("passes: one run each, since this model does not keep the rows of a batch apart")
         if self.rungs:
@@ -331,17 +353,27 @@ class Sweep:
             table.say(f"resuming after round {self.round}; {len(self.outcomes)} runs have ended")
 
     def _result(self, started: float, resumed: int | None) -> SweepResult:
-        interrupted = bool(self.alive)
-        runs = ranked([self.outcomes.get(m.name) or m.outcome() for m in self.members])
+        own = {m.name: self.outcomes.get(m.name) or m.outcome() for m in self.members}
+        outcomes = {name: outcome for found in self.world.gather(own) for name, outcome in found.items()}
+        interrupted = self.world.any(bool(self.alive))
+        runs = ranked([outcomes[point.name] for point in self.points])
         plot = None
-        if not interrupted:
-            varied = {m.name: m.point.varied for m in self.members}
+        if not interrupted and self.world.is_first:
+            varied = {point.name: point.varied for point in self.points}
             plot = plot_sweep(runs, varied, self.folder / "sweep.png")
         best = runs[0]["name"] if runs[0]["eval_loss"] is not None else None
         result = SweepResult(
-            runs, best, plot, time.monotonic() - started, peak_rss_bytes(), resumed, interrupted
+            runs,
+            best,
+            plot,
+            time.monotonic() - started,
+            self.world.most(peak_rss_bytes()),
+            resumed,
+            interrupted,
+            self.world.size,
         )
-        write_result(self.folder, self.plan, result.to_dict())
+        if self.world.is_first:
+            write_result(self.folder, self.plan, result.to_dict())
         return result
 
 

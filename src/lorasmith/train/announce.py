@@ -34,6 +34,9 @@ def _of_computing(run: Run) -> Iterator[str]:
     yield str(run.report)
     yield f"packing: {run.layout.packing} ({run.layout.reason})"
     yield f"dtype: {run.base.dtype_reason}"
+    yield from run.world.lines
+    if run.sharding is not None:
+        yield run.sharding
     yield from run.policy.lines
     yield run.forecast
 
@@ -45,3 +48,5 @@ def _of_settings(run: Run) -> Iterator[str]:
         yield f"  {name} {getattr(settings, name)}: {reason}"
     if run.progress.step:
         yield f"resuming after step {run.progress.step}"
+    if run.has_other_processes:
+        yield ("  with another number of processes than before: equal within rounding, no longer to the bit")

@@ -73,6 +73,8 @@ class Layout:
         return groups
 
     def _rows(self, examples: Sequence[Example], indices: Sequence[int]) -> list[Row]:
+        if not indices:  # a process's share of a short last step
+            return []
         if self.packing in ("plain", "tree"):
             share = self.packing == "tree"
             rows = pack(examples, indices, row_slots=ROW_SLOTS, share_prefixes=share)

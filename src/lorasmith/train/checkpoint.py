@@ -18,6 +18,8 @@ from torch import Tensor
 from lorasmith.errors import OutputError, TrainingError
 
 KEPT = 2
+ROUNDING = ("processes", "threads")
+"""Of a run's identity, what changes the order in which numbers are added up and nothing else."""
 
 
 @dataclass
@@ -94,6 +96,11 @@ def load_checkpoint(
     return progress
 
 
+def has_other_processes(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a run goes on with another number of processes: then to rounding, no longer to the bit."""
+    return bool(before.get("processes", 1) != now.get("processes", 1))
+
+
 def checkpoint_parameters(path: Path) -> dict[str, Tensor]:
     """The trained tensors of a checkpoint, by parameter name."""
     tensors = load_file(path / "state.safetensors")
@@ -138,10 +145,11 @@ def _restore(
 
 
 def _check_identity(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    rounding = ROUNDING if has_other_processes(before, now) else ()
     lines = [
         f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and key not in rounding
     ]
     if lines:
         raise TrainingError(

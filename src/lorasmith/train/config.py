@@ -15,6 +15,7 @@ ScheduleName = Literal["linear", "constant", "cosine"]
 MethodName = Literal["lora", "full", "houlsby", "lin", "prefix", "prompt", "bitfit", "top-k", "intrinsic"]
 KernelsName = Literal["auto", "block", "inductor", "plain"]
 RecomputeName = Literal["auto", "none", "mlp", "layers"]
+ShardName = Literal["none", "base"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class TrainConfig:
         recompute: what is computed again in the backward pass instead of kept: `"none"`, `"mlp"` (gate and
             up), `"layers"`; `"auto"` keeps what fits the budget.
         budget_bytes: largest peak of the process's memory; decides `recompute` and lowers `batch_tokens`.
+        shard: under torchrun, what is spread over the processes: `"none"`, or the frozen `"base"`, which
+            stays so after the run.
         eval_every: optimizer steps between evaluations; None is five times a run.
         save_every: optimizer steps between checkpoints; None is ten times a run.
         seed: of the factors, the data order and dropout.
@@ -67,6 +70,7 @@ class TrainConfig:
     kernels: KernelsName = "auto"
     recompute: RecomputeName = "auto"
     budget_bytes: int | None = None
+    shard: ShardName = "none"
     eval_every: int | None = None
     save_every: int | None = None
     seed: int = 0
@@ -181,6 +185,7 @@ _CHOICES: dict[str, Any] = {
     "method": MethodName,
     "kernels": KernelsName,
     "recompute": RecomputeName,
+    "shard": ShardName,
 }
 
 

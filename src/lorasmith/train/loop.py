@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.bases import Base, load_base
-from lorasmith.data import Example, Steps, fingerprint, steps
+from lorasmith.data import Example, Steps, steps
 from lorasmith.errors import TrainingError
 from lorasmith.inject import lora_layers
 from lorasmith.lora import Adapter, LoRAConfig
@@ -26,6 +27,7 @@ from lorasmith.train.batch import Batch, Layout, choose_layout
 from lorasmith.train.checkpoint import (
     Progress,
     checkpoint_parameters,
+    has_other_processes,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -36,19 +38,22 @@ from lorasmith.train.forward import Forward
 from lorasmith.train.methods import method_of
 from lorasmith.train.outputs import (
     Metrics,
-    commit,
+    NoMetrics,
     plot_loss,
     prepare_folder,
     read_metrics,
-    versions,
     write_atomically,
 )
 from lorasmith.train.policy import computing, limit_kept_kernels
 from lorasmith.train.preflight import preflight
+from lorasmith.train.records import identity, provenance, result_of, run_record
 from lorasmith.train.result import TrainResult
 from lorasmith.train.sets import Sets
+from lorasmith.train.shard import shard_base
+from lorasmith.train.shares import Share, in_step, require_enough
 from lorasmith.train.show import Show, peak_rss_bytes
 from lorasmith.train.signals import Signals
+from lorasmith.train.world import ALONE, World, partners, world
 
 
 def train(
@@ -66,7 +71,8 @@ def train(
     """Train one adapter and write it to `out/adapter`, with metrics, settings and a plot beside it.
 
     The base is left as it was: LoRA is taken off again and the modes are restored. (Full fine-tuning,
-    `method="full"`, is about changing it: `base.model` then holds the tuned weights.)
+    `method="full"`, is about changing it: `base.model` then holds the tuned weights.) Under `torchrun` its
+    processes train one adapter together, as one process would; a restart by torchrun goes on by itself.
 
     Args:
         base: a loaded base, or a name for `load_base`.
@@ -83,30 +89,43 @@ def train(
     started = time.monotonic()
     limit_kept_kernels()
     config, settings = config or LoRAConfig(), train_config or TrainConfig()
-    loaded = load_base(base) if isinstance(base, str) else base
-    sets = Sets.read(loaded, data, eval_data, settings)
-    is_new = not Path(out).exists()
-    folder = prepare_folder(Path(out), resume)
-    try:
-        run = Run(loaded, config, settings, sets, folder, quiet=quiet)
-        with run.adapted_model():
-            return run.go(resume=resume, started=started, on_step=on_step)
-    finally:
-        if is_new and not any(folder.iterdir()):  # refused before anything was written
-            folder.rmdir()
+    with world() as here, partners():
+        device = "cpu" if here.size == 1 or settings.shard == "base" else here.device
+        loaded = load_base(base, device=device) if isinstance(base, str) else base
+        sets = Sets.read(loaded, data, eval_data, settings)
+        is_new, goes_on = not Path(out).exists(), resume or here.has_begun(Path(out))
+        folder = prepare_folder(Path(out), goes_on)
+        try:
+            run = Run(loaded, config, settings, sets, folder, quiet=quiet, world=here)
+            with run.adapted_model():
+                return run.go(resume=goes_on, started=started, on_step=on_step)
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                if is_new and not any(folder.iterdir()):  # refused before anything was written
+                    folder.rmdir()
 
 
 class Run:
     """One training run on one model, from settings to files."""
 
     def __init__(
-        self, base: Base, config: LoRAConfig, settings: TrainConfig, sets: Sets, folder: Path, *, quiet: bool
+        self,
+        base: Base,
+        config: LoRAConfig,
+        settings: TrainConfig,
+        sets: Sets,
+        folder: Path,
+        *,
+        quiet: bool,
+        world: World = ALONE,
     ) -> None:
         self.base, self.config, self.asked, self.sets = base, config, settings, sets
         self.width = int(getattr(base.model.config, "hidden_size", 576))
         self.settings = settings = settings.resolved(width=self.width)
         self.method = method_of(settings, config, base.tokenizer)
-        self.folder, self.quiet = folder, quiet
+        self.folder, self.quiet = folder, quiet or not world.is_first
+        self.world = replace(world, is_sharded=settings.shard == "base")
+        require_enough(settings.batch_size, len(sets.train.examples), world)
         self.model: nn.Module = base.model
         self.examples: list[Example] = sets.train.examples
         order = {name: getattr(settings, name) for name in ("batch_size", "epochs", "seed", "shuffle")}
@@ -116,6 +135,7 @@ class Run:
         self.save_every = settings.save_every or max(1, math.ceil(self.total / 10))
         self.losses: deque[float] = deque(maxlen=max(1, self.total // 10))
         self.best: dict[str, Tensor] | None = None
+        self.has_other_processes = False
 
     @contextmanager
     def adapted_model(self) -> Iterator[None]:
@@ -124,6 +144,7 @@ class Run:
         wanted = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self.report = self.method.attach(self.model, seed=self.settings.seed)
         try:
+            self.sharding = shard_base(self.model, self.world) if self.world.is_sharded else None
             self._set_training_modes()
             yield
         finally:
@@ -146,6 +167,7 @@ class Run:
         self.parameters = self.method.parameters(self.model)
         self.optimizer = self._make_optimizer()
         self.layout = self._choose_layout()
+        self.own = Share(self.plan, self.examples, self.layout.packing, self.world)
         self.method.prepare(self.model, self.forward.probe)
         self._settle(resume=resume)
         with computing(
@@ -154,7 +176,7 @@ class Run:
             recompute=self.settings.recompute,
             flops=self._flops(),
             warm_up=self._warm_up,
-            keep_freed=self.settings.budget_bytes is None,
+            keep_freed=self.settings.budget_bytes is None and not self.world.is_sharded,
         ) as self.policy:
             return self._run(resume=resume, started=started, on_step=on_step)
 
@@ -162,8 +184,12 @@ class Run:
         torch.manual_seed(self.settings.seed)
         self.progress = self._resume() if resume else Progress(identity=self._identity())
         resumed = self.progress.step if resume and self.progress.step else None
-        self._write_run_file()
-        metrics = Metrics(self.folder / "metrics.jsonl", resumed_step=self.progress.step)
+        self.world.require_same(self._identity() | {"step": self.progress.step})
+        metrics: Metrics = NoMetrics()
+        if self.world.is_first:
+            self._write_run_file()
+            metrics = Metrics(self.folder / "metrics.jsonl", resumed_step=self.progress.step)
+        self.world.note_begun(self.folder)
         with Show(self.total, start=self.progress.step, quiet=self.quiet) as show, Signals() as signals:
             announce(self, show)
             try:
@@ -174,7 +200,7 @@ class Run:
         if not interrupted:
             self._save()
         adapter = self._finish(interrupted=interrupted)
-        return self._result(adapter, started, resumed, interrupted=interrupted)
+        return result_of(self, adapter, started=started, resumed=resumed, interrupted=interrupted)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         s = self.settings
@@ -191,7 +217,7 @@ class Run:
         )
 
     def _first_batches(self) -> list[Batch]:
-        return self.layout.batches(self.examples, self.plan[0], batch_tokens=self.settings.batch_tokens)
+        return self.layout.batches(self.examples, self.own[0], batch_tokens=self.settings.batch_tokens)
 
     def _flops(self) -> float:
         """Of all steps: forward 2, input gradients 2, weight gradients 2 per weight and slot."""
@@ -208,22 +234,12 @@ class Run:
         before = self.folder / "run.json"
         was_settled = resume and self.settings.budget_bytes is not None and before.is_file()
         chosen = json.loads(before.read_text())["train"] if was_settled else None
-        self.settings, self.forecast, self.trim_above_bytes = preflight(self, chosen)
+        settled = preflight(self, chosen)
+        self.forecast, self.trim_above_bytes = settled.forecast, settled.trim_above_bytes
+        self.settings = self.world.of_first(settled.settings)  # a budget may fit otherwise elsewhere
 
     def _identity(self) -> dict[str, Any]:
-        settings = self.settings.to_dict()
-        for harmless in ("save_every", "budget_bytes"):
-            settings.pop(harmless)
-        settings |= self.policy.identity
-        return {
-            **{f"train.{k}": v for k, v in settings.items()},
-            **{f"lora.{k}": v for k, v in self.config.to_dict().items()},
-            "base": self.base.fingerprint.digest,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "data": fingerprint(self.examples),
-            "eval_data": fingerprint(self.sets.evaluation.examples) if self.sets.evaluation else None,
-            "threads": torch.get_num_threads(),
-        }
+        return identity(self)
 
     def _resume(self) -> Progress:
         path = latest_checkpoint(self.folder / "checkpoints")
@@ -232,7 +248,10 @@ class Run:
         return self._load(path)
 
     def _load(self, path: Path) -> Progress:
-        progress = load_checkpoint(path, self._identity(), self.parameters, self.optimizer)
+        now = self._identity()
+        progress = load_checkpoint(path, now, self.parameters, self.optimizer)
+        self.has_other_processes = has_other_processes(progress.identity, now)
+        progress.identity = now
         rows = read_metrics(self.folder / "metrics.jsonl")
         self.losses.extend(row["loss"] for row in rows if "loss" in row and row["step"] <= progress.step)
         if progress.best_step is not None:
@@ -241,20 +260,7 @@ class Run:
         return progress
 
     def _write_run_file(self) -> None:
-        record = {
-            "lora": self.config.to_dict(),
-            "train": self.settings.to_dict(),
-            "base": self.base.name,
-            "base_fingerprint": self.base.fingerprint.to_dict(),
-            "data_fingerprint": fingerprint(self.examples),
-            "data": asdict(self.sets.train.stats),
-            "policy": self.policy.lines,
-            "layout": {"packing": self.layout.packing, "reason": self.layout.reason},
-            "steps": self.total,
-            "versions": versions(),
-            "commit": commit(),
-        }
-        write_atomically(self.folder / "run.json", json.dumps(record, indent=2) + "\n")
+        write_atomically(self.folder / "run.json", json.dumps(run_record(self), indent=2) + "\n")
 
     def _steps(
         self, show: Show, metrics: Metrics, signals: Signals, on_step: Callable[[int], None] | None
@@ -262,7 +268,7 @@ class Run:
         p = self.progress
         if p.step == 0 and self.sets.evaluation is not None:
             metrics.add(step=0, eval_loss=self._evaluate())
-        while p.step < self.total and not signals.received:
+        while p.step < self.total and not self.world.any(signals.received):
             started = time.monotonic()
             indices = self.plan[p.step]
             lr = self.settings.lr_at(p.step, self.total)
@@ -274,7 +280,7 @@ class Run:
                 trim_heap()
             if on_step is not None:
                 on_step(p.step)
-        if signals.received and p.step < self.total:
+        if p.step < self.total:
             self._save()
             show.say(
                 f"stopped after step {p.step} of {self.total}; the checkpoint is saved, go on with --resume"
@@ -302,14 +308,17 @@ class Run:
 
     def _step(self, indices: Sequence[int], lr: float) -> tuple[float, float]:
         """One optimizer step; the parameters change only if loss and gradient are finite."""
-        batches = self.layout.batches(self.examples, indices, batch_tokens=self.settings.batch_tokens)
-        supervised = sum(len(batch.targets) for batch in batches)
+        own = self.own[self.progress.step]
+        batches = self.layout.batches(self.examples, own, batch_tokens=self.settings.batch_tokens)
+        supervised = sum(int(self.examples[i].supervised.sum()) for i in indices)
         total = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
+        self.world.seed(self.settings.seed, self.progress.step)
+        for batch in in_step(batches, self.world):
             loss = self.forward.loss_sum(batch)
             (loss / supervised).backward()  # type: ignore[no-untyped-call]
             total += loss.detach().double().cpu()
-        return self._update(total.item() / supervised, lr)
+        (loss_sum,) = self.world.reduce_(self.parameters.values(), total.item())
+        return self._update(loss_sum / supervised, lr)
 
     def _update(self, mean: float, lr: float) -> tuple[float, float]:
         """Clip and apply the gradients of a step whose mean loss is known."""
@@ -336,7 +345,8 @@ class Run:
 
     def _evaluate(self) -> float:
         assert self.sets.evaluation is not None
-        return evaluate_loss(self.forward, self.sets.evaluation.examples, layout=self.layout).loss
+        held_out = self.sets.evaluation.examples
+        return evaluate_loss(self.forward, held_out, layout=self.layout, world=self.world).loss
 
     def _evaluate_and_save(self, show: Show, metrics: Metrics) -> None:
         p, is_best = self.progress, False
@@ -357,45 +367,22 @@ class Run:
         return is_best
 
     def _save(self) -> None:
-        save_checkpoint(self.folder / "checkpoints", self.progress, self.parameters, self.optimizer)
+        self.world.require_equal(self.parameters.values())
+        if self.world.is_first:
+            save_checkpoint(self.folder / "checkpoints", self.progress, self.parameters, self.optimizer)
 
     def _finish(self, *, interrupted: bool) -> Adapter | None:
-        plot_loss(self.folder / "metrics.jsonl", self.folder / "loss.png")
+        if self.world.is_first:
+            plot_loss(self.folder / "metrics.jsonl", self.folder / "loss.png")
         if interrupted:
             return None
         with torch.no_grad():
             for name, value in (self.best or {}).items():
                 self.parameters[name].copy_(value)
-        return self._write_result()
+        return self._write_result() if self.world.is_first else None
 
     def _write_result(self) -> Adapter | None:
         return self.method.write(self.base, self.folder / self.method.folder, self._provenance())
 
     def _provenance(self) -> dict[str, Any]:
-        return {
-            "base": {"name": self.base.name, "fingerprint": self.base.fingerprint.to_dict()},
-            "data_fingerprint": fingerprint(self.examples),
-            "run": {"lora": self.config.to_dict(), "train": self.settings.to_dict()},
-            "versions": versions(),
-        }
-
-    def _result(
-        self, adapter: Adapter | None, started: float, resumed: int | None, *, interrupted: bool
-    ) -> TrainResult:
-        p = self.progress
-        return TrainResult(
-            adapter=adapter,
-            adapter_dir=self.folder / self.method.folder,
-            steps=p.step,
-            train_loss=sum(self.losses) / len(self.losses) if self.losses else None,
-            eval_loss=p.best_loss,
-            tokens_per_s=p.tokens / p.train_s if p.train_s else 0.0,
-            tokens=p.tokens,
-            supervised_tokens=p.supervised_tokens,
-            trainable_params=sum(x.numel() for x in self.parameters.values()),
-            total_params=sum(x.numel() for x in self.model.parameters()),
-            peak_rss_bytes=peak_rss_bytes(),
-            wall_s=time.monotonic() - started,
-            resumed_from_step=resumed,
-            interrupted=interrupted,
-        )
+        return provenance(self)

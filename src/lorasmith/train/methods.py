@@ -60,6 +60,11 @@ def method_of(settings: TrainConfig, config: LoRAConfig, tokenizer: Any) -> Meth
     """
     if settings.method == "lora":
         return LoRA(config)
+    if settings.shard != "none":
+        raise ConfigError(
+            f'shard="{settings.shard}" spreads a frozen base, and was asked with method="{settings.method}", which '
+            'may train it or look into it. Use method="lora", or shard="none": every method trains on several processes.'
+        )
     method = make_method(settings.method, settings.options.resolved(settings.method), tokenizer)
     if not method.can_recompute and (settings.recompute in ("mlp", "layers") or settings.budget_bytes):
         raise ConfigError(

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lorasmith.drawing import BLUE, ORANGE, label, panels
 from lorasmith.errors import OutputError
 
 PACKAGES = ("lorasmith", "torch", "transformers", "safetensors", "numpy")
@@ -21,16 +22,25 @@ def prepare_folder(out: Path, resume: bool) -> Path:
         raise OutputError(
             f"{out} holds a run already. Choose another folder, or go on with it through --resume (resume=True)."
         )
+    make_writable(out)
+    return out
+
+
+def make_writable(out: Path) -> None:
+    """Make the folder `out`, and see whether files can be written in it.
+
+    Raises:
+        OutputError: they cannot.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
+        probe = out / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise OutputError(
             f"{out} cannot be written: {error.strerror or error}. Choose another folder."
         ) from error
-    return out
 
 
 class Metrics:
@@ -50,6 +60,19 @@ class Metrics:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class NoMetrics(Metrics):
+    """Those of a process that writes no files."""
+
+    def __init__(self) -> None:
+        pass
+
+    def add(self, **row: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -102,31 +125,22 @@ def commit() -> str | None:
 
 def plot_loss(metrics: Path, out: Path) -> None:
     """Draw training and evaluation loss over the optimizer steps."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = read_metrics(metrics)
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     evals = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-    if train:
-        steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color="#9db4d6", linewidth=0.8, label="training, each step")
-        axes.plot(steps, _smooth(losses), color="#1f4e9c", linewidth=1.8, label="training, smoothed")
-    if evals:
-        axes.plot(
-            *zip(*evals, strict=True), "o-", color="#c2410c", linewidth=1.4, markersize=4, label="evaluation"
-        )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", title="Loss")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if train or evals:
-        axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(out)
-    plt.close(figure)
+    with panels(out, width=7, height=4) as (panel,):
+        if train:
+            steps, losses = zip(*train, strict=True)
+            panel.plot(steps, losses, color="#9db4d6", linewidth=0.8, label="training, each step")
+            panel.plot(steps, _smooth(losses), color=BLUE, linewidth=1.8, label="training, smoothed")
+        if evals:
+            panel.plot(
+                *zip(*evals, strict=True), "o-", color=ORANGE, linewidth=1.4, markersize=4, label="evaluation"
+            )
+        label(panel, "Loss", "optimizer step", "nats per supervised token")
+        panel.grid(alpha=0.25)
+        if train or evals:
+            panel.legend(frameon=False)
 
 
 def _smooth(values: tuple[float, ...], keep: float = 0.9) -> list[float]:

@@ -42,6 +42,14 @@ def vocabulary_of(head: nn.Module) -> int:
     return int(head.get_parameter("weight").shape[0])
 
 
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The longest list of modules of one class: the decoder layers."""
+    lists = [
+        list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
+    ]
+    return max(lists, key=len, default=[])
+
+
 def _hidden_states(body: nn.Module) -> Callable[..., Tensor]:
     def run(input_ids: Tensor, **kwargs: Any) -> Tensor:
         hidden: Tensor = body(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state

@@ -26,6 +26,8 @@ from lorasmith.train.attention import causal_attention
 from lorasmith.train.config import KernelsName, RecomputeName
 from lorasmith.train.elementwise import operations
 from lorasmith.train.fast import fast_layers
+from lorasmith.train.parts import repeated_layers
+from lorasmith.train.shard import is_sharded
 
 LONG_RUN_FLOPS = 2e14
 """Where compiling (some 25 s) is small beside the run: about ten minutes at 300 GFLOP/s."""
@@ -66,7 +68,7 @@ def computing(
         flops: of the whole run, for the choice of whether to compile.
         warm_up: one forward and backward pass, for what must be compiled first.
         keep_freed: freed memory stays for the next step, which is faster; else it goes back at once, as a
-            budget wants it.
+            budget wants it and a sharded base, whose layers come and go.
     """
     with ExitStack() as stack:
         stack.callback(_manage_heap(keep_freed=keep_freed))
@@ -91,9 +93,11 @@ def computing(
             wanted = kernels == "inductor" or (
                 kernels == "auto" and (flops >= LONG_RUN_FLOPS or device.type == "cuda")
             )
-            said = (
-                stack.enter_context(_compiled(model, warm_up)) if wanted else "not asked, or the run is short"
-            )
+            said = "not asked, or the run is short"
+            if wanted and is_sharded(model):
+                said = "compiled layers need their weights whole, and the base is sharded"
+            elif wanted:
+                said = stack.enter_context(_compiled(model, warm_up))
             chosen = "inductor" if said == "" else "plain"
             lines.append(f"kernels: {chosen}" + (f" ({said})" if said else " (each decoder layer compiled)"))
         others = len(repeated_layers(model)) - count if chosen == "block" else 0
@@ -159,14 +163,6 @@ def _compiled(model: nn.Module, warm_up: Callable[[], Any]) -> Iterator[str]:
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
-
-
-def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The longest list of modules of one class: the decoder layers."""
-    lists = [
-        list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
-    ]
-    return max(lists, key=len, default=[])
 
 
 def _has_compiler(device: torch.device) -> bool:

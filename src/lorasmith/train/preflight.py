@@ -37,6 +37,9 @@ from lorasmith.train.batch import Batch, Layout
 from lorasmith.train.config import TrainConfig
 from lorasmith.train.elementwise import operations
 from lorasmith.train.fast import is_block
+from lorasmith.train.shard import local_bytes
+from lorasmith.train.shares import Share
+from lorasmith.train.world import ALONE, World
 
 if TYPE_CHECKING:
     from lorasmith.train.loop import Run
@@ -94,9 +97,9 @@ def preflight(run: Run, before: Mapping[str, Any] | None = None) -> Preflight:
         )
     # By now every weight was touched once, so what is resident is them and the runtime.
     trim_heap()
-    runtime = max(FLOOR_BYTES, resident_bytes() - sum(p.nbytes for p in run.model.parameters()))
+    runtime = max(FLOOR_BYTES, resident_bytes() - sum(map(local_bytes, run.model.parameters())))
     on_cpu = next(run.model.parameters()).device.type == "cpu"
-    machine = replace(this_machine(None), is_cuda=not on_cpu)
+    machine = replace(this_machine(None, processes=run.world.local_size), is_cuda=not on_cpu)
     limit = machine if budget is None else replace(machine, name="the budget", memory_bytes=budget)
     if budget is not None and before is None:
         found = _fit(run, job, limit, runtime)
@@ -104,10 +107,10 @@ def preflight(run: Run, before: Mapping[str, Any] | None = None) -> Preflight:
         job = _job(run, settled)
     forecast = estimate(job, machine, runtime_bytes=runtime)
     if not on_cpu:
-        return Preflight(settled, _said(forecast, settled, limit))
+        return Preflight(settled, _said(forecast, settled, limit, run.world))
     require_fit(forecast, machine)
     trim_above = int(TRIM_AT * forecast.peak_bytes) if has_many_shapes(job) else None
-    return Preflight(settled, _said(forecast, settled, limit), trim_above)
+    return Preflight(settled, _said(forecast, settled, limit, run.world), trim_above)
 
 
 def _job(run: Run, settings: TrainConfig) -> Job:
@@ -125,11 +128,15 @@ def _job(run: Run, settings: TrainConfig) -> Job:
     return Job(
         decoder, trained, even, run.total, worst,
         computing=computing, keeps_best=run.sets.evaluation is not None,
+        gives_back=settings.budget_bytes is not None,
+        sharded_over=run.world.size if run.world.is_sharded else 1,
     )  # fmt: skip
 
 
 def _passes(run: Run, batch_tokens: int) -> tuple[Steps, Steps]:
-    return passes_of(run.layout, run.examples, run.plan, total=run.total, batch_tokens=batch_tokens)
+    return passes_of(
+        run.layout, run.examples, run.plan, total=run.total, batch_tokens=batch_tokens, world=run.world
+    )
 
 
 def _fit(run: Run, job: Job, within: Machine, runtime: int) -> Fit:
@@ -158,10 +165,11 @@ def computing_of(model: nn.Module, settings: TrainConfig, dtype: torch.dtype) ->
     )
 
 
-def _said(found: Estimate, settings: TrainConfig, machine: Machine) -> str:
+def _said(found: Estimate, settings: TrainConfig, machine: Machine, world: World) -> str:
+    each = " in each process" if world.size > 1 else ""
     chosen = f"; recompute {settings.recompute}, {settings.batch_tokens:,} tokens at once"
     return (
-        f"plan: predicted peak {gib(found.peak_bytes)} of {gib(machine.memory_bytes)}: weights "
+        f"plan: predicted peak {gib(found.peak_bytes)} of {gib(machine.memory_bytes)}{each}: weights "
         f"{gib(found.weights_bytes)}, activations {gib(found.activation_bytes + found.allocator_bytes)}, gradients "
         f"and optimizer {gib(found.gradient_bytes + found.optimizer_bytes)}; {found.flops:.2e} operations"
         + (chosen if settings.budget_bytes is not None else "")
@@ -169,9 +177,16 @@ def _said(found: Estimate, settings: TrainConfig, machine: Machine) -> str:
 
 
 def passes_of(
-    layout: Layout, examples: Sequence[Example], plan: DataSteps, *, total: int, batch_tokens: int
+    layout: Layout,
+    examples: Sequence[Example],
+    plan: DataSteps,
+    *,
+    total: int,
+    batch_tokens: int,
+    world: World = ALONE,
 ) -> tuple[Steps, Steps]:
-    """The passes of some optimizer steps evenly from the run; and of those with most tokens or the longest row."""
+    """This process's passes of some steps evenly from the run; and of those with most tokens or the longest row."""
+    own = Share(plan, examples, layout.packing, world)
     lengths = np.array([len(example) for example in examples])
     rows = [lengths[plan[k]] for k in range(min(total, STEPS_READ))]
     evenly = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), STEPS_LOOKED_AT), dtype=int))
@@ -180,8 +195,8 @@ def passes_of(
     )
 
     def passes(steps: np.ndarray) -> Steps:
-        made = (layout.batches(examples, plan[int(k)], batch_tokens=batch_tokens) for k in steps)
-        return [[_pass_of(batch) for batch in batches] for batches in made]
+        made = (layout.batches(examples, own[int(k)], batch_tokens=batch_tokens) for k in steps)
+        return [[_pass_of(batch) for batch in batches] for batches in made if batches]
 
     return passes(evenly), passes(np.union1d(heaviest, longest))
 

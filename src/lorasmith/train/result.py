@@ -19,7 +19,9 @@ class TrainResult:
         train_loss: nats per supervised token, mean over the last tenth of the steps.
         eval_loss: the best one, that of `adapter`.
         tokens_per_s: tokens of the examples over the time of the training steps.
+        peak_rss_bytes: of the process that needed most.
         interrupted: a signal stopped the run; it goes on with `resume=True`.
+        processes: that trained together.
     """
 
     adapter: Adapter | None
@@ -36,6 +38,7 @@ class TrainResult:
     wall_s: float
     resumed_from_step: int | None
     interrupted: bool = False
+    processes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lorasmith.drawing import INK, SOFT
 from lorasmith.recipes.pixels.film import picture
 
-INK, SOFT, GREY = "#1b2430", "#6b7685", "#c9d1db"
 OF_WAY = {"frozen": "#8a94a3", "full": "#1b2430", "scratch": "#c2410c"}
 OF_RANKS = ("#7db4dd", "#2f7fc1", "#173f80")  # light to dark as the rank grows
 

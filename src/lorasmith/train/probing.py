@@ -1,17 +1,16 @@
-"""What `advise` measures on a real base: one forward pass, short runs in few dimensions, a range test."""
+"""Short measurements on a real base: one forward pass, runs in few dimensions, a learning-rate range test."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorasmith.analysis import Dimension, RateRange, Truncation
+    from lorasmith.analysis import Dimension, RateRange
     from lorasmith.data import Example
     from lorasmith.lora import Adapter, LoRAConfig
 
@@ -39,7 +38,8 @@ class Bench:
 
     def __enter__(self) -> Bench:
         from lorasmith.inject import group_shared_inputs, inject, lora_layers
-        from lorasmith.train import Forward, choose_layout
+        from lorasmith.train.batch import choose_layout
+        from lorasmith.train.forward import Forward
 
         inject(self.base.model, self.config, seed=0)
         self.forward = Forward(self.base.model)
@@ -90,7 +90,7 @@ class Bench:
 
     def loss(self, examples: Sequence[Example] | None = None) -> float:
         """Mean loss per supervised token, nothing changed."""
-        from lorasmith.train import evaluate_loss
+        from lorasmith.train.evaluate import evaluate_loss
 
         return evaluate_loss(self.forward, examples or self.examples[:EVALUATED], layout=self.layout).loss
 
@@ -129,53 +129,61 @@ def range_test(bench: Bench, *, say: Callable[[str], None]) -> RateRange:
     return rate_range(rates, losses)
 
 
-def run_curve(base: Any, run: Path, examples: Sequence[Example]) -> Truncation:
-    """Truncate a run's adapter to rank 1, 2, 4, … and evaluate each."""
-    from lorasmith.analysis import truncation_curve
-    from lorasmith.cli.options import load_adapter
-
-    adapter = load_adapter(run / "adapter", base)
-    with Bench(base, adapter.config, examples) as bench:
-        base_loss = bench.loss()
-
-        def evaluate(of: Adapter) -> float:
-            bench.load(of)
-            return bench.loss()
-
-        return truncation_curve(adapter, evaluate, base_loss=base_loss)
-
-
 def measure_dimension(
-    bench: Bench, *, rate: float, seeds: int, steps: int = PROBE_STEPS, say: Callable[[str], None]
+    bench: Bench,
+    *,
+    rate: float,
+    seeds: int,
+    steps: int | None = None,
+    dimensions: Sequence[int] | None = None,
+    held_out: Sequence[Example] | None = None,
+    say: Callable[[str], None],
 ) -> Dimension:
-    """d90 in LoRA space: short runs in d random directions against one unrestricted run of as many steps."""
+    """d90 in LoRA space: short runs in d random directions against one unrestricted run of as many steps.
+
+    Args:
+        rate: of the unrestricted run; those in few dimensions try two of their own.
+        steps, dimensions: `PROBE_STEPS` and `DIMENSIONS` where left out.
+        held_out: what losses are measured on; some of the bench's own examples where left out.
+    """
     import torch
 
     from lorasmith.analysis import intrinsic_dimension
 
-    base_loss = bench.loss()
+    steps = steps or PROBE_STEPS
     bench.reset()
+    base_loss = bench.loss(held_out)
     optimizer = torch.optim.AdamW(list(bench.parameters.values()), lr=rate, weight_decay=0.0)
     for k in range(steps):
         bench.gradients(k)
         optimizer.step()
-    target = bench.loss()
+    target = bench.loss(held_out)
     say(f"  unrestricted adapter, {steps} steps: loss {base_loss:.3f} → {target:.3f}")
 
     def run(dimension: int, seed: int) -> float:
-        loss = min(run_in(bench, dimension, seed=seed, rate=r, steps=steps) for r in PROBE_RATES)
+        loss = min(
+            run_in(bench, dimension, seed=seed, rate=r, steps=steps, held_out=held_out) for r in PROBE_RATES
+        )
         say(f"  {dimension} numbers, projection {seed + 1}: loss {loss:.3f}")
         return loss
 
     total = sum(p.numel() for p in bench.parameters.values())
-    grid = [d for d in DIMENSIONS if d <= total]
+    grid = [d for d in dimensions or DIMENSIONS if d <= total]
     try:
         return intrinsic_dimension(run, base_loss=base_loss, target_loss=target, dimensions=grid, seeds=seeds)
     finally:
         bench.reset()
 
 
-def run_in(bench: Bench, dimension: int, *, seed: int, rate: float, steps: int) -> float:
+def run_in(
+    bench: Bench,
+    dimension: int,
+    *,
+    seed: int,
+    rate: float,
+    steps: int,
+    held_out: Sequence[Example] | None = None,
+) -> float:
     """Loss after training θ and λ with A = A0 + ΔA, B = ΔB, (ΔA, ΔB) = λ ⊙ P θ."""
     import torch
 
@@ -195,4 +203,4 @@ def run_in(bench: Bench, dimension: int, *, seed: int, rate: float, steps: int) 
         gradients = {name: p.grad for name, p in bench.parameters.items() if p.grad is not None}
         theta.grad, scales.grad = projection.pull_back(gradients)
         optimizer.step()
-    return bench.loss()
+    return bench.loss(held_out)
