@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
+import time
 from dataclasses import replace
 
 import httpx
 import pytest
 
 from lorasmith.server.config import ServerConfig
-from lorasmith.server.fleet import Ingress, create_fleet_app
+from lorasmith.server.fleet import Ingress, WorkerSpec, create_fleet_app, ingress, workers
 from lorasmith.server.fleet.meter import Meter
-from lorasmith.server.fleet.pool import DIGEST, ReplicaLostError, Reply
+from lorasmith.server.fleet.pool import DIGEST, Call, ReplicaLostError, Reply
 from lorasmith.server.fleet.rendezvous import ranked
+from lorasmith.server.fleet.workers import Workers
 from lorasmith.server.keys import Keys, Tenant
+from lorasmith.server.names import Resolved
 from lorasmith.store import Store
 from tests.support.server import bearer, chat, events, make_keys, write_place
 
 A = bearer("key-a")
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """Replicas that the test writes need no time to come back."""
+    monkeypatch.setattr(ingress, "BETWEEN_TRIES_S", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -147,17 +158,30 @@ def test_events_pass_untouched_however_the_pieces_are_cut(cut):
     trap = event(choices=[{"text": '"choices": [] and "usage"'}])
     said = event(choices=[{"text": "hé"}]) + trap
     counted = event(choices=[], usage={"total_tokens": 7})
-    raw = said + counted + b"data: [DONE]\n\n"
+    raw = said + counted + DONE
     for wants, expected in ((False, said + b"data: [DONE]\n\n"), (True, raw)):
         meter = Meter(wants_usage=wants)
-        assert not meter.is_complete
+        assert meter.ending is None
         assert b"".join(meter.feed(raw[i : i + cut]) for i in range(0, len(raw), cut)) == expected
-        assert (meter.used_tokens, meter.is_complete) == (7, True)
+        assert (meter.used_tokens, meter.ending) == (7, "ok")
+
+
+ROLE = event(choices=[{"delta": {"role": "assistant", "content": ""}, "index": 0}])
+WORD = event(choices=[{"delta": {"content": "x"}, "index": 0}])
+DONE = b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("begun", [b"", ROLE, ROLE + WORD[:20]])
+def test_a_stream_without_a_word_yet_is_asked_again(place, begun):
+    """Half an event of the lost replica must not stick to what the next one says."""
+    pool = Replicas(answer(begun, die=True), answer(ROLE, WORD + DONE, replica="1"))
+    found = talk(place, pool, lambda client, _: chat(client, "red", stream=True))
+    assert found.content == ROLE + WORD + DONE
 
 
 @pytest.mark.parametrize("die", [True, False])
 def test_a_stream_that_breaks_off_ends_with_an_error(place, die):
-    pool = Replicas(answer(event(choices=[{"delta": {"content": "x"}, "index": 0}]), die=die))
+    pool = Replicas(answer(ROLE + WORD, die=die))
     found = talk(place, pool, lambda client, _: chat(client, "red", stream=True))
     assert found.status_code == 200
     assert "[DONE]" not in found.text
@@ -168,7 +192,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error(place, die):
 def test_token_quotas_are_charged_with_what_was_used(place):
     """300 tokens a minute: each request may use 108 at most, but uses 10."""
     keys = make_keys(Tenant("a", tokens_per_minute=300))
-    done = event(choices=[], usage={"total_tokens": 10}) + b"data: [DONE]\n\n"
+    done = event(choices=[], usage={"total_tokens": 10}) + DONE
     prompt = {"model": "red", "prompt": [1] * 8, "max_tokens": 100, "temperature": 0}
 
     async def go(client, ingress):
@@ -234,13 +258,102 @@ def test_who_waits_is_limited_for_all_replicas_together(place):
 
 
 def test_streams_pass_the_usage_on_to_who_asked(place):
-    done = event(choices=[{"text": "x", "index": 0}]) + event(choices=[], usage={"total_tokens": 10})
-    pool = Replicas(answer(done + b"data: [DONE]\n\n"))
+    done = ROLE + WORD + event(choices=[], usage={"total_tokens": 10}) + DONE
+    pool = Replicas(answer(done))
 
     async def go(client, _):
         asked = await chat(client, "red", stream=True, stream_options={"include_usage": True})
         return events(asked), events(await chat(client, "red", stream=True))
 
     asked, not_asked = talk(place, pool, go)
-    assert [len(asked), len(not_asked)] == [2, 1]
+    assert [len(asked), len(not_asked)] == [3, 2]
     assert all(json.loads(call.body)["stream_options"]["include_usage"] for call, _ in pool.calls)
+
+
+class Sleepers(Workers):
+    """Workers that only sleep, and answer as the test says."""
+
+    def __init__(self, count=2):
+        self.why_not_of = {}
+        super().__init__(WorkerSpec("", "", "", ServerConfig("tiny")), count, rows=2, lookahead=0, threads=1)
+
+    def _command(self):
+        return [sys.executable, "-c", "import sys; sys.stdin.read()"]
+
+    async def _probe(self, worker):
+        return self.why_not_of.get(worker.process.pid)
+
+
+def watch(conversation):
+    async def run():
+        pool = Sleepers()
+        pool.changes = []
+        pool.on_change = lambda: pool.changes.append(pool.rows)
+        await pool.start()
+        try:
+            return await conversation(pool)
+        finally:
+            await pool.close(1.0)
+
+    return asyncio.run(run())
+
+
+async def until(condition, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+def a_call(rows=1):
+    resolved = Resolved("red", "red", 1, "a" * 64)
+    return Call("/v1/completions", b"{}", Tenant("a"), resolved, "id", rows, 1, False, False)
+
+
+def test_a_stuck_worker_is_ended_and_one_that_drains_is_not(monkeypatch):
+    """Requests that it holds would else wait until their time is over."""
+    monkeypatch.setattr(workers, "UNREADY_S", 0.2)
+
+    async def go(pool):
+        stuck, draining = (w.process.pid for w in pool.workers)
+        pool.why_not_of.update({stuck: "ReadTimeout: ", draining: "draining"})
+        await until(lambda: pool.workers[0].process.pid != stuck and pool.workers[0].is_ready)
+        return draining, [w.process.pid for w in pool.workers], pool.workers[0].restarts, pool.changes
+
+    draining, pids, restarts, changes = watch(go)
+    assert (pids[1], restarts) == (draining, 1)
+    assert changes == [2, 4, 2, 0, 2], "rows that may be on their way, at each change"
+
+
+def test_a_replica_that_was_lost_is_asked_again_only_if_there_is_no_other():
+    async def go(pool):
+        call = a_call()
+        home = (await pool._choose(call, ())).name
+        other = {"0": "1", "1": "0"}[home]
+        for worker in pool.workers:
+            worker.rows = 2 * (worker.name == other)
+        chosen = [(await pool._choose(call, avoid)).name for avoid in ((), (home,), (home, other))]
+        for worker in pool.workers:
+            worker.rows = 0
+        return home, other, chosen
+
+    home, other, chosen = watch(go)
+    assert chosen == [home, other, home], "even where the other one has no room"
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch):
+    async def go(pool):
+        whole, refusals = pool._new, [OSError(12, "Cannot allocate memory")] * 2
+
+        def new(name):
+            if refusals:
+                raise refusals.pop()
+            return whole(name)
+
+        monkeypatch.setattr(pool, "_new", new)
+        lost = pool.workers[0].process.pid
+        os.kill(lost, 9)
+        await until(lambda: pool.workers[0].process.pid != lost and pool.workers[0].is_ready)
+        return refusals
+
+    assert watch(go) == []

@@ -158,7 +158,7 @@ async def _events(ingress: Ingress, passing: Passing) -> AsyncIterator[bytes]:
     try:
         async for piece in ingress.pieces(passing):
             yield piece
-        await ingress.leave(passing, "ok")
+        await ingress.leave(passing, passing.meter.ending or "failed")
     except LoraSmithError as error:
         await ingress.leave(passing, outcome_of(error))
         yield as_event(body_of(error, passing.call.request_id))
@@ -179,6 +179,7 @@ class _Stream(StreamingResponse):
             async with asyncio.timeout(self._ingress.left_s(self._passing) + UNREAD_S):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
+            await self._ingress.leave(self._passing, "deadline")
             raise DeadlineError("the client did not read its answer in time") from None
         finally:
             await self._ingress.leave(self._passing, "disconnected")

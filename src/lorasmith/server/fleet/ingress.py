@@ -134,12 +134,11 @@ class Ingress:
             async for piece in passing.reply.chunks:
                 if out := meter.feed(piece):
                     yield out
+            if meter.ending is None:
+                raise ReplicaLostError(passing.reply.replica, "it ended the stream early")
         except ReplicaLostError as lost:
             self.metrics.broken.inc()
             raise UnavailableError("the replica that made this answer went away") from lost
-        if not meter.is_complete:
-            self.metrics.broken.inc()
-            raise UnavailableError("the replica that made this answer went away")
 
     async def leave(self, passing: Passing, outcome: str) -> None:
         """Give back rows and quota, and count. Safe to repeat."""
@@ -170,7 +169,7 @@ class Ingress:
             raise DeadlineError("the request waited for its turn until its time was over") from None
         finally:
             self.waiting[name] -= bool(name)
-            self.waiting += Counter()
+            self.waiting += Counter()  # drops what is zero
 
     async def _reach(self, passing: Passing) -> None:
         """Ask replicas until one begins to answer. Nothing was passed on yet, so asking again harms nobody."""
@@ -190,6 +189,7 @@ class Ingress:
 
     async def _ask(self, passing: Passing) -> None:
         call = passing.call
+        passing.meter = Meter(wants_usage=call.wants_usage)  # nothing of what a lost replica began
         reply = await self.pool.ask(call, passing.tries)
         try:
             if reply.status == 503:
@@ -202,14 +202,18 @@ class Ingress:
         passing.reply = reply
 
     async def _first(self, passing: Passing, reply: Reply) -> bytes:
-        """A stream's first events, or a whole answer."""
-        if call_is_whole(passing.call, reply):
+        """A stream up to its first word, or a whole answer."""
+        call, meter = passing.call, passing.meter
+        if reply.status != 200 or not call.is_streamed:
             body = b"".join([piece async for piece in reply.chunks])
-            passing.meter.read(body) if reply.status == 200 else None
+            if reply.status == 200:
+                meter.read(body)
             return body
+        held = b""
         async for piece in reply.chunks:
-            if out := passing.meter.feed(piece):
-                return out
+            held += meter.feed(piece)
+            if meter.events > call.opening_events:
+                return held
         raise ReplicaLostError(reply.replica, "it ended the stream before it began")
 
     def _refuse_wrong(self, call: Call, reply: Reply) -> None:
@@ -228,8 +232,3 @@ class Ingress:
         if passing.reply is None or passing.reply.status != 200:
             return 0
         return min(passing.call.tokens, passing.meter.events) if passing.call.is_streamed else 0
-
-
-def call_is_whole(call: Call, reply: Reply) -> bool:
-    """Whether the answer comes as one body; refusals always do."""
-    return not call.is_streamed or reply.status != 200

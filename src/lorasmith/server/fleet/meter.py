@@ -19,7 +19,7 @@ class Meter:
         self._rest = b""
         self.used_tokens: int | None = None
         self.events = 0
-        self.is_complete = False
+        self.ending: str | None = None  # "ok" or "failed", once the last event was seen
 
     def feed(self, piece: bytes) -> bytes:
         """What of it to pass on; an event that is not whole waits."""
@@ -29,11 +29,14 @@ class Meter:
     def read(self, body: bytes) -> None:
         """A whole answer."""
         self._note(json.loads(body).get("usage"))
-        self.is_complete = True
+        self.ending = "ok"
 
     def _passes(self, event: bytes) -> bool:
         self.events += 1
-        self.is_complete = event == b"data: [DONE]" or event.startswith(b'data: {"error"')
+        if event == b"data: [DONE]":
+            self.ending = "ok"
+        elif event.startswith(b'data: {"error"'):
+            self.ending = "failed"
         if NO_CHOICES not in event:
             return True
         self._note(json.loads(event.removeprefix(b"data: ")).get("usage"))

@@ -41,6 +41,11 @@ class Call:
     is_streamed: bool
     wants_usage: bool
 
+    @property
+    def opening_events(self) -> int:
+        """Events before a stream's first word: a chat names the role of each choice."""
+        return self.rows if self.path.endswith("/chat/completions") else 0
+
     def headers(self) -> dict[str, str]:
         """For the replica: who asks and what was resolved. Rates are the ingress's business alone."""
         tenant = replace(self.tenant, requests_per_minute=None, tokens_per_minute=None)

@@ -26,6 +26,8 @@ LOOK_EVERY_S = 0.25
 PATIENCE_S = 30.0  # at the start
 MAX_FIRST_DEATHS = 2
 PROBE_TIMEOUT_S = 5.0
+UNREADY_S = 60.0  # a worker that was ready and is not for so long is ended, and what it holds given to others
+KEPT = ("draining", "isolation")  # unless it ends by itself, or somebody must look at it
 RESTART_AFTER_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # the more often it died in a row, the later
 STEADY_S = 60.0  # a worker that lived as long starts afresh in that row
 log = logging.getLogger("lorasmith.server")
@@ -40,12 +42,17 @@ class Worker:
     process: subprocess.Popen[bytes]
     client: httpx.AsyncClient
     since: float
-    is_ready: bool = False
-    why_not: str = "starting"
+    why_not: str | None = "starting"
+    unready_since: float | None = None  # None also before it was ready once
     rows: int = 0  # that the ingress sent and has not got back
     deaths: int = 0
     restarts: int = 0
     next_start: float = 0.0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests may be sent to it."""
+        return self.why_not is None
 
 
 class Workers:
@@ -131,7 +138,7 @@ class Workers:
         """For /admin/status."""
         return [
             {
-                "worker": w.name, "ready": w.is_ready, "why_not": None if w.is_ready else w.why_not,
+                "worker": w.name, "ready": w.is_ready, "why_not": w.why_not,
                 "pid": w.process.pid, "rows": w.rows, "restarts": w.restarts,
             }
             for w in self.workers
@@ -155,8 +162,8 @@ class Workers:
     async def _choose(self, call: Call, avoid: Collection[str]) -> Worker:
         while True:
             ready = {w.name: w for w in self.workers if w.is_ready}
-            order = [ready[name] for name in ranked(call.resolved.digest, ready)]
-            order.sort(key=lambda w: w.name in avoid)  # stable: the ranking stays within both halves
+            names = [name for name in ready if name not in avoid] or list(ready)
+            order = [ready[name] for name in ranked(call.resolved.digest, names)]
             for worker in order:
                 if worker.rows + call.rows <= self._room:
                     return worker
@@ -180,14 +187,26 @@ class Workers:
 
     def _lost(self, worker: Worker, error: Exception) -> ReplicaLostError:
         """Nobody else is sent there until a probe succeeds."""
-        worker.is_ready, worker.why_not = False, f"{type(error).__name__}: {error}"
-        return ReplicaLostError(worker.name, worker.why_not)
+        why = f"{type(error).__name__}: {error}"
+        self._note(worker, why)
+        return ReplicaLostError(worker.name, why)
+
+    def _note(self, worker: Worker, why_not: str | None) -> None:
+        """What is known of a worker from now on; who waits for a change hears of it."""
+        was_ready, worker.why_not = worker.is_ready, why_not
+        if worker.is_ready == was_ready:
+            return
+        worker.unready_since = None if worker.is_ready else time.monotonic()
+        self._changed.set()
+        self.on_change()
+        fields = {"worker": worker.name, "ready": worker.is_ready, "why_not": why_not}
+        log.info("worker", extra={"fields": fields})
 
     def _new(self, name: str) -> Worker:
         socket = Path(self._folder.name) / f"{name}-{time.monotonic_ns()}.sock"
         environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
         process = subprocess.Popen(
-            [sys.executable, "-m", "lorasmith.server.fleet.worker"],
+            self._command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=environment,
@@ -200,9 +219,18 @@ class Workers:
         client = httpx.AsyncClient(transport=transport, base_url="http://worker", timeout=None)
         return Worker(name, socket, process, client, time.monotonic())
 
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "lorasmith.server.fleet.worker"]
+
     async def _watch(self) -> None:
+        await asyncio.gather(*(self._watch_one(i) for i in range(len(self.workers))))
+
+    async def _watch_one(self, index: int) -> None:
         while True:
-            await asyncio.gather(*(self._look_at(w) for w in list(self.workers)))
+            try:
+                await self._look_at(self.workers[index])
+            except OSError as error:  # no memory for a new process, say: later there may be
+                log.error("worker not started", exc_info=error, extra={"fields": {"worker": f"{index}"}})
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look_at(self, worker: Worker) -> None:
@@ -210,27 +238,28 @@ class Workers:
         if code is not None:
             await self._bring_back(worker, code)
             return
-        was_ready = worker.is_ready
-        worker.is_ready, worker.why_not = await self._probe(worker)
-        if worker.is_ready != was_ready:
-            self._changed.set()
-            self.on_change()
-            fields = {"worker": worker.name, "ready": worker.is_ready, "why_not": worker.why_not}
-            log.info("worker", extra={"fields": fields})
+        self._note(worker, await self._probe(worker))
+        since = worker.unready_since
+        if since is None or time.monotonic() - since < UNREADY_S or str(worker.why_not).startswith(KEPT):
+            return
+        log.error("worker is stuck", extra={"fields": {"worker": worker.name, "why_not": worker.why_not}})
+        worker.process.kill()
 
-    async def _probe(self, worker: Worker) -> tuple[bool, str]:
+    async def _probe(self, worker: Worker) -> str | None:
+        """Why it takes no requests."""
         if not worker.socket.exists():
-            return False, "starting"
+            return "starting"
         try:
             answer = await worker.client.get("/ready", timeout=PROBE_TIMEOUT_S)
-            return answer.status_code == 200, str(answer.json()["why_not"] or "")
-        except (httpx.HTTPError, ValueError) as error:
-            return False, f"{type(error).__name__}: {error}"
+            why_not = answer.json()["why_not"]
+            return None if why_not is None else str(why_not)
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            return f"{type(error).__name__}: {error}"
 
     async def _bring_back(self, worker: Worker, code: int) -> None:
         now = time.monotonic()
         if not worker.next_start:
-            worker.is_ready, worker.why_not = False, f"ended with {code}"
+            self._note(worker, f"ended with {code}")
             worker.deaths = 0 if now - worker.since > STEADY_S else worker.deaths
             worker.next_start = now + RESTART_AFTER_S[min(worker.deaths, len(RESTART_AFTER_S) - 1)]
             log.error("worker ended", extra={"fields": {"worker": worker.name, "code": code}})
