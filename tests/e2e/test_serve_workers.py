@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -175,3 +177,20 @@ def test_keys_quotas_and_aliases_are_decided_once_for_all(served):
         assert ask(client, served, "mine").status_code == 404
         client.post(f"{served.url}/admin/load", json={"model": "mine"}, headers=BOSS)
         assert ask(client, served, "mine").status_code == 200
+
+
+def load_storm():
+    path = Path(__file__).parents[2] / "benchmarks/fleet_kills.py"
+    spec = importlib.util.spec_from_file_location("fleet_kills", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_answer_is_wrong_and_none_is_lost_while_workers_are_killed():
+    """The short form of benchmarks/fleet_kills.py, which asks 10,000 times."""
+    storm, _ = load_storm().run(150, 2.0, "--workers", 2)
+    assert storm.faults == []
+    assert (storm.count["right"], storm.count["wrong"], storm.count["lost"]) == (150, 0, 0)
+    assert sum(n for what, n in storm.count.items() if what.startswith("killed")) >= 1
+    assert storm.count["lorasmith_fleet_retries_total"] >= 1
