@@ -3,8 +3,8 @@
     python benchmarks/fleet_kills.py [--requests 10000] [--engine workers] [--every-s 3]
 
 `lorasmith serve --workers 2 --deterministic` with a tiny random base and six adapters that change every answer. Half of
-the requests are streamed. Every few seconds a replica gets SIGKILL, one in five times all of them do, one in five times one gets
-SIGTERM, which drains it. Counted: wrong answers, requests that were not answered though nothing of the answer had
+the requests are streamed. Every few seconds, if all replicas are ready, one of them gets SIGKILL, one in five times
+all do, one in five times one gets SIGTERM, which drains it; now and then the only one that is ready is killed. Counted: wrong answers, requests that were not answered though nothing of the answer had
 been sent, streams that broke off after their first word (what came must be the beginning of the right answer, the
 client is told, and asks again). Appends to `records/fleet_kills.jsonl`.
 """
@@ -48,6 +48,8 @@ PROMPTS = (
 )
 LENGTHS = (6, 24, 96)
 CLIENTS, ASK_S, SEED = 16, 120.0, 0
+LAST_SHARE = 0.2  # of the chances to kill the only one that is ready
+SAY_EVERY = 500
 BOSS, MINE = "boss", "mine"
 Wanted = dict[tuple[str, str, int], tuple[str, str | None]]
 
@@ -109,6 +111,8 @@ class Storm:
             while not await self._ask(name, prompt, length, is_streamed=bool(number % 2)):
                 self.count["asked again by the client"] += 1
             self.seconds.append(time.monotonic() - began)
+            if len(self.seconds) % SAY_EVERY == 0:
+                print(dict(self.count), file=sys.stderr, flush=True)
 
     async def _ask(self, name: str, prompt: str, length: int, *, is_streamed: bool) -> bool:
         """Whether there is an end to it; only a stream that broke off has none."""
@@ -155,8 +159,9 @@ class Storm:
     async def _kill_for_ever(self) -> None:
         while True:
             await asyncio.sleep(self._every_s)
-            ready = [r for r in await self.replicas() if r["ready"]]
-            if not ready:
+            replicas = await self.replicas()
+            ready = [r for r in replicas if r["ready"]]
+            if len(ready) < len(replicas) and (not ready or self._random.random() > LAST_SHARE):
                 continue
             kind = self._random.choice(["one", "one", "one", "all", "drained"])
             for replica in ready if kind == "all" else [self._random.choice(ready)]:
