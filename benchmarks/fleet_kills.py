@@ -1,6 +1,6 @@
 """Replicas are killed while clients ask; every answer is compared with the one that its adapter gives alone.
 
-    python benchmarks/fleet_kills.py [--requests 10000] [--engine workers] [--every-s 3]
+    python benchmarks/fleet_kills.py [--requests 10000] [--every-s 3] [--engine ray]
 
 `lorasmith serve --workers 2 --deterministic` with a tiny random base and six adapters that change every answer. Half of
 the requests are streamed. Every few seconds, if all replicas are ready, one of them gets SIGKILL, one in five times
@@ -47,7 +47,7 @@ PROMPTS = (
     "name a colour, please, and say why you like it",
 )
 LENGTHS = (6, 24, 96)
-CLIENTS, ASK_S, SEED = 16, 120.0, 0
+REPLICAS, CLIENTS, ASK_S, SEED = 2, 16, 120.0, 0
 LAST_SHARE = 0.2  # of the chances to kill the only one that is ready
 SAY_EVERY = 500
 BOSS, MINE = "boss", "mine"
@@ -159,9 +159,8 @@ class Storm:
     async def _kill_for_ever(self) -> None:
         while True:
             await asyncio.sleep(self._every_s)
-            replicas = await self.replicas()
-            ready = [r for r in replicas if r["ready"]]
-            if len(ready) < len(replicas) and (not ready or self._random.random() > LAST_SHARE):
+            ready = [r for r in await self.replicas() if r["ready"]]
+            if not ready or (len(ready) < REPLICAS and self._random.random() > LAST_SHARE):
                 continue
             kind = self._random.choice(["one", "one", "one", "all", "drained"])
             for replica in ready if kind == "all" else [self._random.choice(ready)]:
@@ -223,9 +222,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--every-s", type=float, default=3.0)
-    parser.add_argument("--engine", choices=["workers"], default="workers")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local")
     asked = parser.parse_args()
-    storm, seconds = run(asked.requests, asked.every_s, "--workers", 2)
+    storm, seconds = run(asked.requests, asked.every_s, "--workers", REPLICAS, "--engine", asked.engine)
     took = sorted(storm.seconds)
     row = {
         "what": "wrong answers and lost requests / answered", "ours": storm.count["wrong"] + storm.count["lost"],
@@ -233,7 +232,7 @@ def main() -> None:
         "wall_s": seconds, "median_s": statistics.median(took), "p99_s": took[int(0.99 * len(took))], "max_s": took[-1],
     }  # fmt: skip
     row["ratio"] = row["ours"] / max(1, row["peer"])
-    about = {"what": "replicas killed under load", "engine": asked.engine, "replicas": 2, "clients": CLIENTS,
+    about = {"what": "replicas killed under load", "engine": asked.engine, "replicas": REPLICAS, "clients": CLIENTS,
              "requests": asked.requests, "every_s": asked.every_s, "seed": SEED}  # fmt: skip
     print(json.dumps(row, indent=2))
     print(record.append("fleet_kills", [row], about))

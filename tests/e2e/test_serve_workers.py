@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 import re
 import signal
 import time
-from pathlib import Path
 
 import httpx
 import pytest
@@ -17,6 +15,7 @@ import pytest
 from lorasmith.server import hash_key
 from tests.support.served import Served
 from tests.support.server import BASE_ID, NAMES, bearer, chat_body, events, streamed_text, write_place
+from tests.support.storm import load_storm
 
 BOSS = bearer("boss")
 A, B = bearer("key-a"), bearer("key-b")
@@ -177,14 +176,6 @@ def test_keys_quotas_and_aliases_are_decided_once_for_all(served):
         assert ask(client, served, "mine").status_code == 404
         client.post(f"{served.url}/admin/load", json={"model": "mine"}, headers=BOSS)
         assert ask(client, served, "mine").status_code == 200
-
-
-def load_storm():
-    path = Path(__file__).parents[2] / "benchmarks/fleet_kills.py"
-    spec = importlib.util.spec_from_file_location("fleet_kills", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_no_answer_is_wrong_and_none_is_lost_while_workers_are_killed():

@@ -17,6 +17,7 @@ from lorasmith.server.fleet import Ingress, WorkerSpec, create_fleet_app, ingres
 from lorasmith.server.fleet.meter import Meter
 from lorasmith.server.fleet.pool import DIGEST, Call, ReplicaLostError, Reply
 from lorasmith.server.fleet.rendezvous import ranked
+from lorasmith.server.fleet.speak import speak
 from lorasmith.server.fleet.workers import Workers
 from lorasmith.server.keys import Keys, Tenant
 from lorasmith.server.names import Resolved
@@ -357,3 +358,34 @@ def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch):
         return refusals
 
     assert watch(go) == []
+
+
+def test_an_application_is_asked_without_a_socket_and_hears_when_nobody_listens():
+    heard = []
+
+    async def app(scope, receive, send):
+        heard.append((scope["path"], await receive()))
+        await send({"type": "http.response.start", "status": 201, "headers": [(b"X-A", b"b")]})
+        if scope["path"] == "/dies":
+            raise ReplicaLostError("0", "in the middle")
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
+        if scope["path"] == "/long":
+            heard.append(await receive())
+            return
+        await send({"type": "http.response.body", "body": b"two"})
+
+    async def go():
+        whole = [piece async for piece in speak(app, "/short", b"{}", {"a": "b"})]
+        with pytest.raises(ReplicaLostError):
+            async for _ in speak(app, "/dies", b"", {}):
+                pass
+        pieces = speak(app, "/long", b"", {})
+        begun = [await anext(pieces), await anext(pieces)]
+        await pieces.aclose()
+        await until(lambda: heard[-1] == {"type": "http.disconnect"})
+        return whole, begun
+
+    whole, begun = asyncio.run(go())
+    assert whole == [(201, {"x-a": "b"}), b"one", b"two"]
+    assert begun == whole[:2]
+    assert heard[0] == ("/short", {"type": "http.request", "body": b"{}", "more_body": False})

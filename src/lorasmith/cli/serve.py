@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from lorasmith.cli.options import (
     say,
 )
 from lorasmith.cli.store import base_facts
-from lorasmith.errors import ConfigError, LoraSmithError
+from lorasmith.errors import ConfigError, LoraSmithError, did_you_mean
 
 if TYPE_CHECKING:
     from lorasmith.bases import Base
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lorasmith.store import Store
 
 PAIR = "name=DIR"
+ENGINES = ("local", "ray")
 
 
 def serve(
@@ -42,6 +44,12 @@ def serve(
     workers: Annotated[
         int, typer.Option(help="Processes, each with the base, that share the cores.", min=1)
     ] = 1,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: the workers are replicas of Ray Serve (extra [ray]).")
+    ] = "local",
+    max_workers: Annotated[
+        int | None, typer.Option(help="With ray: so many as the queue grows.", min=1)
+    ] = None,
     max_rows: Annotated[int, typer.Option(help="Requests that run at once, of each worker.", min=1)] = 16,
     max_context: Annotated[int | None, typer.Option(help="Tokens per request at most.")] = None,
     adapter_memory: Annotated[
@@ -61,6 +69,7 @@ def serve(
     from lorasmith.server import Keys, check_address, check_exposure, read_keys, run
     from lorasmith.store import Store
 
+    _check_engine(engine, workers, max_workers)
     held = None if adapter_memory is None else parse_bytes(adapter_memory)
     known = Keys() if keys is None else read_keys(keys)
     check_exposure(host, known, insecure=insecure)
@@ -75,16 +84,36 @@ def serve(
         "drain_s": drain_s, "shadow_share": shadow_share, "allow_base_mismatch": allow_base_mismatch,
         "playground": playground,
     }  # fmt: skip
-    if workers > 1:
-        return _serve_fleet(
-            base, dtype, store, workers, options, limits, known, host=host, port=port, insecure=insecure
-        )
+    if workers > 1 or engine == "ray":
+        where = {"host": host, "port": port, "insecure": insecure}
+        most = (max_workers or workers) if engine == "ray" else None
+        return _serve_fleet(base, dtype, store, workers, options, limits, known, most, **where)
     loaded = load_base(base, dtype=dtype)
     gateway = _gateway(loaded, opened, known, options, limits)
     say(
         f"base {gateway.config.base_id} ({loaded.dtype_reason}), {len(gateway.adapters.loaded)} adapters loaded"
     )
     run(gateway, host=host, port=port, insecure=insecure, on_start=lambda url: _say_where(url, playground))
+
+
+def _check_engine(engine: str, workers: int, max_workers: int | None) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        ConfigError: there is no such engine, or Ray is not installed.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(
+            f'--engine "{engine}" is unknown: {" or ".join(ENGINES)}.{did_you_mean(engine, ENGINES)}'
+        )
+    if engine == "local" and max_workers is not None:
+        raise ConfigError("--max-workers is for --engine ray; local workers are as many as --workers says.")
+    if max_workers is not None and max_workers < workers:
+        raise ConfigError(f"--max-workers {max_workers} is less than --workers {workers}.")
+    if engine == "ray" and find_spec("ray") is None:
+        raise ConfigError(
+            '--engine ray needs Ray Serve, which is not installed: pip install "lorasmith[ray]"'
+        )
 
 
 def key(as_json: JsonOption = False) -> None:
@@ -126,8 +155,10 @@ def _serve_fleet(
     options: dict[str, Any],
     limits: dict[str, Any],
     keys: Any,
+    most: int | None,
     **where: Any,
 ) -> None:
+    """On Ray, where `most` says how many workers there may be."""
     from lorasmith.server import ServerConfig, WorkerSpec, run_fleet
 
     if limits["playground"]:
@@ -136,7 +167,12 @@ def _serve_fleet(
     spec = WorkerSpec(base, dtype, str(store), config, options)
     facts = base_facts(base, allow_mismatch=limits["allow_base_mismatch"])
     say(f"starting {workers} workers")
-    run_fleet(spec, workers, keys=keys, facts=facts, on_start=lambda url: _say_where(url, False), **where)
+    where |= {"keys": keys, "facts": facts, "on_start": lambda url: _say_where(url, False)}
+    if most is None:
+        return run_fleet(spec, workers, **where)
+    from lorasmith.server.on_ray import run_on_ray
+
+    run_on_ray(spec, workers, most=most, **where)
 
 
 def _add(store: Store, base: str, pairs: list[str], allow_base_mismatch: bool) -> None:

@@ -50,6 +50,13 @@ def check_address(host: str, port: int) -> None:
     _bind(host, port).close()
 
 
+def free_port(host: str) -> int:
+    """One that nobody listens on now; for servers that cannot choose one themselves."""
+    with _bind(host, 0) as bound:
+        port: int = bound.getsockname()[1]
+        return port
+
+
 def run(
     gateway: Gateway, *, host: str, port: int, insecure: bool = False, on_start: Callable[[str], None] = print
 ) -> None:

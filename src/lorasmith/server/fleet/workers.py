@@ -19,7 +19,7 @@ import httpx
 
 from lorasmith.errors import EngineError, UnavailableError
 from lorasmith.server.fleet.pool import Call, ReplicaLostError, Reply
-from lorasmith.server.fleet.rendezvous import ranked
+from lorasmith.server.fleet.rendezvous import pick
 from lorasmith.server.fleet.worker import WorkerSpec
 
 LOOK_EVERY_S = 0.25
@@ -161,14 +161,9 @@ class Workers:
 
     async def _choose(self, call: Call, avoid: Collection[str]) -> Worker:
         while True:
-            ready = {w.name: w for w in self.workers if w.is_ready}
-            names = [name for name in ready if name not in avoid] or list(ready)
-            order = [ready[name] for name in ranked(call.resolved.digest, names)]
-            for worker in order:
-                if worker.rows + call.rows <= self._room:
-                    return worker
-            if order:  # no room for so many rows anywhere: it waits where there is most
-                return min(order, key=lambda w: w.rows)
+            if rows := {w.name: w.rows for w in self.workers if w.is_ready}:
+                name = pick(call.resolved.digest, rows, wanted=call.rows, room=self._room, avoid=avoid)
+                return next(w for w in self.workers if w.name == name)
             if self._is_closing:
                 raise UnavailableError("this server is shutting down")
             await self._next_change()
