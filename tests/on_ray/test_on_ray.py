@@ -7,11 +7,15 @@ import json
 import os
 import re
 import signal
+import threading
 import time
+from collections import Counter
 
 import httpx
+import psutil
 import pytest
 
+from lorasmith.server.run import free_port
 from tests.support.server import BASE_ID, NAMES, bearer, chat_body, events, streamed_text, write_place
 from tests.support.storm import load_storm
 
@@ -77,6 +81,7 @@ def test_an_adapter_has_a_home_and_every_answer_is_its_own(served):
         assert whole.headers["x-lorasmith-adapter-digest"] == digest
         assert "," not in whole.headers["x-request-id"]
     assert len(set(alone.values())) == 4
+    time.sleep(1.0)  # the ingress asks the replicas for their figures twice a second
     found = homes(served)
     assert set(found) == {BASE_ID, *NAMES}
     assert all(len(where) == 1 for where in found.values()), "one request at a time never leaves its home"
@@ -151,6 +156,66 @@ def test_the_queue_brings_another_replica(tmp_path):
     with load_storm().served(place, *options) as server:
         assert len(replicas(server)) == 1
         flood(server, 14, lambda found: sum(r["ready"] for r in found) == 2)
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_changed_configuration_is_rolled_out_and_no_request_is_lost(tmp_path):
+    """As `serve deploy` does it: the ingress is replaced too."""
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from lorasmith.server.on_ray import application
+
+    place, port = write_place(tmp_path), free_port("127.0.0.1")
+    url = f"http://127.0.0.1:{port}"
+    settings = {"base": str(place / BASE_ID), "store": str(place / "store"), "dtype": "fp32", "workers": 2}
+    others = replica_pids()  # of the other tests' server
+    codes, texts, is_over = Counter(), Counter(), threading.Event()
+
+    def ask_on():
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while not is_over.is_set():
+                answer = client.post("/v1/chat/completions", json=chat_body("red"))
+                codes[answer.status_code] += 1
+                if answer.status_code == 200:
+                    texts[answer.json()["choices"][0]["message"]["content"]] += 1
+
+    ray.init(num_cpus=4, include_dashboard=False)
+    try:
+        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+        pids = []
+        for max_rows in (4, 6):
+            serve.run(
+                application(settings | {"options": {"max_rows": max_rows, "deterministic": True}}),
+                name="lorasmith", route_prefix="/",
+            )  # fmt: skip
+            if not pids:
+                while httpx.get(f"{url}/ready").status_code != 200:
+                    time.sleep(0.2)
+                clients = [threading.Thread(target=ask_on) for _ in range(4)]
+                for client in clients:
+                    client.start()
+            time.sleep(2)
+            pids.append(replica_pids() - others)
+        is_over.set()
+        for client in clients:
+            client.join()
+    finally:
+        is_over.set()
+        serve.shutdown()
+        ray.shutdown()
+    assert [len(found) for found in pids] == [2, 2]
+    assert not pids[0] & pids[1], "every replica was replaced"
+    assert set(codes) == {200}
+    assert codes[200] > 50
+    assert len(texts) == 1
+
+
+def replica_pids():
+    """Processes of this machine that are an engine's replica."""
+    lines = {p.pid: "".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])}
+    return {pid for pid, line in lines.items() if "ServeReplica:lorasmith:Replica" in line}
 
 
 def test_no_answer_is_wrong_and_none_is_lost_while_replicas_are_killed():

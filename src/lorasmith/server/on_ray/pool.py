@@ -79,12 +79,12 @@ class RayPool:
             found, status, headers = await anext(pieces)
         except BaseException as error:
             await close()
-            raise _told(error, name) from error
-        return Reply(found, status, headers, _chunks(pieces, found), close)
+            raise self._told(error, name) from error
+        return Reply(found, status, headers, self._chunks(pieces, found), close)
 
     async def metrics(self) -> dict[str, str]:
-        """Of the replicas that answer."""
-        return {r["worker"]: r["metrics"] for r in await self._look()}
+        """As of the last look."""
+        return {r["worker"]: r["metrics"] for r in self._found}
 
     def status(self) -> list[dict[str, Any]]:
         """For /admin/status."""
@@ -105,8 +105,10 @@ class RayPool:
             before = self.rows
             try:
                 self._found, trouble = await self._look(), ""
-            except Exception as error:  # Ray's controller may be away for a while; the next look tells
-                trouble = f"{type(error).__name__}: {error}"
+            except TimeoutError as error:  # one of them is silent; Ray's health check will find it
+                trouble = str(error)
+            except Exception as error:  # none runs
+                self._found, trouble = [], f"{type(error).__name__}: {error}"
             if trouble != self._trouble:
                 self._trouble = trouble
                 log.warning("replicas unseen", extra={"fields": {"error": trouble or "seen again"}})
@@ -121,19 +123,19 @@ class RayPool:
         found = await asked.results_async(timeout_s=LOOK_TIMEOUT_S, return_exceptions=True)
         return sorted((r for r in found if isinstance(r, dict)), key=lambda r: str(r["worker"]))
 
+    async def _chunks(self, pieces: Any, name: str) -> AsyncIterator[bytes]:
+        try:
+            async for piece in pieces:
+                yield piece
+        except Exception as error:
+            raise self._told(error, name) from error
 
-async def _chunks(pieces: Any, name: str) -> AsyncIterator[bytes]:
-    try:
-        async for piece in pieces:
-            yield piece
-    except Exception as error:
-        raise _told(error, name) from error
-
-
-def _told(error: BaseException, replica: str) -> BaseException:
-    """Ray's errors in our words. One that the replica itself raised would come again elsewhere."""
-    if isinstance(error, RayTaskError):
-        return EngineError(f"replica {replica}: {error.cause}")
-    if isinstance(error, RayError | RayServeException | StopAsyncIteration):
-        return ReplicaLostError(replica, type(error).__name__)
-    return error
+    def _told(self, error: BaseException, name: str) -> BaseException:
+        """Ray's errors in our words. One that the replica itself raised would come again elsewhere."""
+        if isinstance(error, RayTaskError):
+            return EngineError(f"replica {name}: {error.cause}")
+        if isinstance(error, RayError | RayServeException | StopAsyncIteration):
+            self._found = [r for r in self._found if r["worker"] != name]  # until a look finds it again
+            self.on_change()
+            return ReplicaLostError(name, type(error).__name__)
+        return error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -23,7 +24,7 @@ class Replica:
     """
 
     async def __init__(self, spec: str) -> None:  # type: ignore[misc]  # Ray awaits it
-        log_to_stderr()
+        log_to_stderr(logging.WARNING)  # the ingress logs the requests
         self._gateway = await asyncio.to_thread(WorkerSpec.of(spec).gateway)
         self._app = worker_app(self._gateway)
         self._name = serve.get_replica_context().replica_id.unique_id
