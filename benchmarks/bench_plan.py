@@ -24,7 +24,7 @@ from record import append
 from lorasmith.data import sample_path
 
 STEPS = 4
-PACKED_STEPS = 12
+PACKED_STEPS = 24
 """Passes that differ in shape make memory grow at first."""
 BUILT_IN, OTHER = "smollm2-135m", "random-qwen3"
 

@@ -6,7 +6,8 @@ The command as a user gives it, on the built-in base in bf16, through gloo, each
 rows of 64 tokens that all carry loss (packing has nothing to share, so the work divides evenly), and the shipped E2E
 sample (completions carry loss; a beginning that two processes need is computed in both). The peer of each row is this
 very package with one process: of one thread, or of two. Step times are medians of the steps after the first.
-LORASMITH_BENCH_TORCHRUN=rows or =E2E runs one set alone.
+A third set is a base of 1.07 billion random weights, rows of 64 tokens, for what sharding saves: peak memory alone.
+LORASMITH_BENCH_TORCHRUN=rows, =E2E or =large runs one set alone.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench_quantised import write_base
 from bench_sweep import data_file
 from safetensors.torch import load_file
 
 SETS = {"rows of 64": 64, "E2E": 1024}
+LARGE = "large"
 STEPS, QUICK_STEPS = 6, 3
 ABOUT: dict[str, Any] = {"base": "smollm2-135m", "batch_size": 8, "rank": 16}
 
@@ -37,7 +40,38 @@ def run(peers: bool = False, quick: bool = False) -> list[dict[str, Any]]:
             continue
         with tempfile.TemporaryDirectory() as folder:
             rows += compared(name, Path(folder), max_length, QUICK_STEPS if quick else STEPS)
+    if wanted in LARGE and not quick:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += peaks_of_a_large_base(Path(folder))
     return rows
+
+
+def peaks_of_a_large_base(folder: Path) -> list[dict[str, Any]]:
+    base = folder / "base"
+    write_base(base)
+    options = {
+        "data": data_file(folder, 64),
+        "max-length": 64,
+        "batch-size": 2,
+        "max-steps": QUICK_STEPS,
+        "base": base,
+    }
+    whole, sharded = (trained(folder, options | {"shard": shard}, 2, 1) for shard in ("none", "base"))
+    return [
+        row(f"{LARGE}: adapter of the sharded run, difference to that of the whole", *apart(sharded, whole)),
+        row(
+            f"{LARGE}: peak of a process, whole base, measured / predicted, MB",
+            whole["peak"],
+            whole["predicted"],
+        ),
+        row(
+            f"{LARGE}: peak of a process, sharded, measured / predicted, MB",
+            sharded["peak"],
+            sharded["predicted"],
+        ),
+        row(f"{LARGE}: peak of a process, sharded / whole, MB", sharded["peak"], whole["peak"]),
+        row(f"{LARGE}: step, sharded base / whole, 2 processes, s", sharded["step_s"], whole["step_s"]),
+    ]
 
 
 def compared(name: str, folder: Path, max_length: int, steps: int) -> list[dict[str, Any]]:
@@ -91,17 +125,8 @@ def trained(folder: Path, options: dict[str, object], processes: int, threads: i
         if processes > 1
         else []
     )
-    command = [
-        sys.executable,
-        *launcher,
-        "-m",
-        "lorasmith",
-        "train",
-        "--base",
-        "smollm2-135m",
-        "--dtype",
-        "bf16",
-    ]
+    command = [sys.executable, *launcher, "-m", "lorasmith", "train", "--dtype", "bf16"]
+    options = {"base": ABOUT["base"]} | options
     done = subprocess.run(
         [*command, *flags, "--out", str(out), "--json"], capture_output=True, text=True, check=True,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},

@@ -32,7 +32,7 @@ def token_ids() -> torch.Tensor:
 
 
 @contextmanager
-def lorasmith_step(model: Any, *, method: str, recompute: str) -> Iterator[Callable[[], None]]:
+def lorasmith_step(model: Any, *, method: str, recompute: str) -> Iterator[Callable[[], float]]:
     from lorasmith.inject import group_shared_inputs, inject
     from lorasmith.lora import LoRAConfig
     from lorasmith.train import Forward
@@ -53,11 +53,13 @@ def lorasmith_step(model: Any, *, method: str, recompute: str) -> Iterator[Calla
     )
     parameters, optimizer = trained(model)
 
-    def step() -> None:
-        (forward.loss_sum(batch) / len(batch.targets)).backward()
+    def step() -> float:
+        loss = forward.loss_sum(batch) / len(batch.targets)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return loss.item()
 
     with computing(model, kernels="auto", recompute=recompute, flops=0, warm_up=step) as policy:  # type: ignore[arg-type]
         print("; ".join(policy.lines), file=sys.stderr)
@@ -65,7 +67,7 @@ def lorasmith_step(model: Any, *, method: str, recompute: str) -> Iterator[Calla
 
 
 @contextmanager
-def peft_step(model: Any) -> Iterator[Callable[[], None]]:
+def peft_step(model: Any) -> Iterator[Callable[[], float]]:
     import peft
 
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
@@ -74,11 +76,13 @@ def peft_step(model: Any) -> Iterator[Callable[[], None]]:
     ids = token_ids()
     parameters, optimizer = trained(adapted)
 
-    def step() -> None:
-        adapted(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss.backward()
+    def step() -> float:
+        loss = adapted(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return loss.item()
 
     yield step
 

@@ -15,7 +15,7 @@ from lorasmith.train import read_metrics
 from tests.support.base import write_tiny_base
 from tests.support.cli import answer
 from tests.support.models import tiny_causal_lm
-from tests.support.together import HELD_OUT, RECORDS, launch, launch_jobs, train_job
+from tests.support.together import HELD_OUT, RECORDS, launch, launch_jobs, sweep_job, train_job
 from tests.support.tolerance import close
 
 JOBS = {
@@ -190,3 +190,18 @@ def test_a_sweep_over_two_processes_is_the_sweep_of_one(given, tmp_path):
         weights = [tmp_path / c / run["name"] / "adapter/adapter_model.safetensors" for c in "12"]
         assert weights[0].read_bytes() == weights[1].read_bytes()
     assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
+def test_after_a_killed_worker_a_sweep_goes_on_to_the_same_bits(tmp_path):
+    job = {"grid": "lr=5e-3,2e-2;rank=2,4", "dtype": "float32"}
+    sweep_job(job | {"out": str(tmp_path / "whole")})
+    killed = job | {"out": str(tmp_path / "killed"), "killed_at": 5}  # after the first rung of two
+    said = launch_jobs(tmp_path, 2, [killed], "--max-restarts", "1")
+    assert "exitcode: -9" in said
+    drawn_only_here = {f for f in files(tmp_path / "whole") if f.endswith("loss.png")}
+    assert files(tmp_path / "killed") == files(tmp_path / "whole") - drawn_only_here
+    adapters = list((tmp_path / "whole").glob("*/adapter/adapter_model.safetensors"))
+    assert len(adapters) == 4
+    for adapter in adapters:
+        other = tmp_path / "killed" / adapter.relative_to(tmp_path / "whole")
+        assert adapter.read_bytes() == other.read_bytes()

@@ -20,11 +20,43 @@ HELD_OUT = [{"prompt": f"{c}{c} is", "completion": f" {c.upper()}?"} for c in "a
 
 def train_job(job: dict[str, Any]) -> Any:
     """One run of `train`, alone or in the world that there is; at `killed_at` or `stopped_at` rank 1 gets a signal."""
-    import torch
-
     from lorasmith.lora import LoRAConfig
     from lorasmith.train import TrainConfig, train
+
+    settings = {"lr": 0.02, "batch_size": 5, "epochs": 3, "save_every": 2, "eval_every": 3, "seed": 3}
+    return train(
+        base_of(job), RECORDS, LoRAConfig.from_dict({"rank": 2, "alpha": 8} | job.get("lora", {})),
+        TrainConfig.from_dict(settings | job.get("train", {})), out=job["out"],
+        eval_data=HELD_OUT, resume=job.get("resume", False), on_step=signals(job),
+    )  # fmt: skip
+
+
+def sweep_job(job: dict[str, Any]) -> Any:
+    """The sweep over `grid`, halved; signals as in `train_job`, after a round."""
+    from lorasmith.sweep import Halving, parse_grid, points, sweep
+
+    made = points(parse_grid(job["grid"]), {}, {"batch_size": 5, "epochs": 3, "save_every": 2})
+    return sweep(
+        base_of(job),
+        RECORDS,
+        made,
+        out=job["out"],
+        eval_data=HELD_OUT,
+        halving=Halving(),
+        on_round=signals(job),
+    )
+
+
+def base_of(job: dict[str, Any]) -> Any:
+    import torch
+
     from tests.unit.test_train import base
+
+    return base(getattr(torch, job.get("dtype", "float64")), job.get("family", "llama"))
+
+
+def signals(job: dict[str, Any]) -> Any:
+    """What is called with each step's number, and sends this process, if it is rank 1 at its first start, a signal."""
 
     def on_step(step: int) -> None:
         if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK") == "1":
@@ -32,14 +64,7 @@ def train_job(job: dict[str, Any]) -> Any:
                 if step == job.get(key):
                     os.kill(os.getpid(), number)
 
-    family, options = job.get("family", "llama"), job.get("model", {})
-    given = base(getattr(torch, job.get("dtype", "float64")), family, **options)
-    lora = LoRAConfig.from_dict({"rank": 2, "alpha": 8} | job.get("lora", {}))
-    settings = {"lr": 0.02, "batch_size": 5, "epochs": 3, "save_every": 2, "eval_every": 3, "seed": 3}
-    return train(
-        given, RECORDS, lora, TrainConfig.from_dict(settings | job.get("train", {})), out=job["out"],
-        eval_data=HELD_OUT, resume=job.get("resume", False), on_step=on_step,
-    )  # fmt: skip
+    return on_step
 
 
 def launch(count: int, *arguments: object, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -74,7 +99,7 @@ def main() -> None:
     loop.plot_loss = lambda *_: None  # half of the time of so small a run
     with world():
         for job in json.loads(Path(sys.argv[1]).read_text()):
-            train_job(job)
+            (sweep_job if "grid" in job else train_job)(job)
 
 
 if __name__ == "__main__":

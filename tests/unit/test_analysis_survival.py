@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lorasmith.analysis import as_stored, survival, survival_report
-from lorasmith.analysis.storage import NF4_BLOCK, NF4_VALUES
 from lorasmith.errors import BaseMismatchError, ConfigError, TargetError
 from lorasmith.lora import Adapter, Factors, LoRAConfig, add_delta
+from lorasmith.quantised import NF4_BLOCK, NF4_VALUES
 from tests.support.tolerance import close
 
 FORMATS = ["fp32", "bf16", "fp16", "int8", "nf4"]

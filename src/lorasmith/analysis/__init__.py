@@ -3,7 +3,7 @@
 Pure functions. Through QR of the (stacked) factors in float64 wherever the result is low-rank, so
 delta is never formed unless a docstring says so.
 
-May import: lora, errors.
+May import: lora, quantised, errors.
 """
 
 from lorasmith.analysis.advice import (

@@ -1,4 +1,4 @@
-"""Rounding to the formats that weights are stored in. Reference code: plain, not fast."""
+"""Rounding to the formats that weights are stored in."""
 
 from __future__ import annotations
 
@@ -9,31 +9,12 @@ from torch import Tensor
 
 from lorasmith.errors import ConfigError, did_you_mean
 from lorasmith.lora import compute_dtype
+from lorasmith.quantised import dequantise_int8, dequantise_nf4, quantise_int8, quantise_nf4
 
 StorageName = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 Storage = StorageName | torch.dtype
 
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NF4_BLOCK = 64
-# QLoRA (arXiv 2305.14314), appendix E: quantiles of N(0, 1) scaled to [-1, 1], with an exact zero.
-NF4_VALUES = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 
 
 def as_stored(weight: Tensor, storage: Storage, *, channel_dim: int = 0) -> Tensor:
@@ -41,7 +22,7 @@ def as_stored(weight: Tensor, storage: Storage, *, channel_dim: int = 0) -> Tens
 
     Args:
         storage: a floating torch dtype or its short name; `"int8"`: symmetric, one absmax scale per
-            output channel; `"nf4"`: blocks of 64 in storage order, one absmax scale each (kept exact).
+            output channel; `"nf4"`: blocks of 64 in storage order, one absmax scale each (not rounded itself).
         channel_dim: the dimension of the output channels.
 
     Raises:
@@ -72,17 +53,10 @@ def float_dtype(storage: Storage) -> torch.dtype:
 
 
 def _int8(weight: Tensor, channel_dim: int) -> Tensor:
-    scale = weight.abs().amax(1 - channel_dim, keepdim=True) / 127
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (weight / scale).round().clamp(-127, 127) * scale
+    rows = weight.T if channel_dim else weight
+    stored = dequantise_int8(*quantise_int8(rows), torch.float32).to(weight.dtype)
+    return stored.T if channel_dim else stored
 
 
 def _nf4(weight: Tensor) -> Tensor:
-    flat = weight.reshape(-1)
-    padding = -flat.numel() % NF4_BLOCK
-    blocks = torch.nn.functional.pad(flat, (0, padding)).view(-1, NF4_BLOCK)
-    absmax = blocks.abs().amax(1, keepdim=True)
-    scale = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
-    values = torch.tensor(NF4_VALUES, dtype=weight.dtype, device=weight.device)
-    nearest = torch.bucketize(blocks / scale, (values[1:] + values[:-1]) / 2)
-    return (values[nearest] * scale).view(-1)[: flat.numel()].view_as(weight)
+    return dequantise_nf4(*quantise_nf4(weight), tuple(weight.shape), torch.float32).to(weight.dtype)

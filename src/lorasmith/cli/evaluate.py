@@ -13,6 +13,7 @@ from lorasmith.cli.options import (
     DtypeOption,
     JsonOption,
     MismatchOption,
+    QuantizeOption,
     print_json,
 )
 from lorasmith.errors import ConfigError, did_you_mean
@@ -39,6 +40,7 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="New tokens per answer.")] = 128,
     max_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -53,7 +55,7 @@ def evaluate(
     from lorasmith.data import read_records
 
     records = read_records(data)
-    loaded = load_base(base, dtype=dtype)
+    loaded = load_base(base, dtype=dtype, quantize=quantize)
     tuned = load_tuned(adapter, loaded, allow_base_mismatch=allow_base_mismatch) if adapter else None
     result: dict[str, Any] = dict.fromkeys(("loss", "perplexity", "bleu", "exact_match", "accuracy"))
     result["n"] = len(records)

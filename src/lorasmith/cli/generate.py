@@ -17,6 +17,7 @@ from lorasmith.cli.options import (
     DtypeOption,
     JsonOption,
     MismatchOption,
+    QuantizeOption,
     load_adapter,
     print_json,
     say,
@@ -24,6 +25,7 @@ from lorasmith.cli.options import (
 from lorasmith.errors import BudgetError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from lorasmith.bases import Base
     from lorasmith.cli.prompts import Question
     from lorasmith.engine import Engine, Handle, OnToken, Result
 
@@ -57,6 +59,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
     rows: Annotated[int, typer.Option(help="Answers that are written at once.")] = 16,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,6 +74,7 @@ def generate(
         raise ConfigError("generate: --prompt is empty. Give it a question.")
     if out is not None and prompts is None:
         raise ConfigError("generate: --out is for the answers to --prompts; one answer goes to stdout.")
+    from lorasmith.bases import load_base
     from lorasmith.cli.prompts import Question, read_questions
     from lorasmith.engine import Request
 
@@ -82,10 +86,11 @@ def generate(
         asked = [Request(prompt or "", adapter=name, **settings) for name in folders or [None]]
         questions = [Question(i, request) for i, request in enumerate(asked, 1)]
     width = min(rows, len(questions))
+    loaded = load_base(base, dtype=dtype, quantize=quantize)
     if method is None:
-        engine = _engine(base, folders, width, dtype, allow_base_mismatch)
+        engine = _engine(loaded, folders, width, allow_base_mismatch)
     else:
-        engine, digest = _method_engine(base, method, width, dtype, allow_base_mismatch)
+        engine, digest = _method_engine(loaded, method, width, allow_base_mismatch)
     streams = prompts is None and len(questions) == 1 and not as_json and sys.stdout.isatty()
     results = _answer(engine, questions, streams=streams)
     engine.close()
@@ -113,11 +118,9 @@ def _named(given: Sequence[str]) -> dict[str, Path]:
     return named
 
 
-def _engine(base: str, folders: dict[str, Path], rows: int, dtype: str, allow_base_mismatch: bool) -> Engine:
-    from lorasmith.bases import load_base
+def _engine(loaded: Base, folders: dict[str, Path], rows: int, allow_base_mismatch: bool) -> Engine:
     from lorasmith.engine import Engine
 
-    loaded = load_base(base, dtype=dtype)
     engine = Engine(loaded, max_rows=rows)
     engine.add_adapters(
         {
@@ -126,21 +129,17 @@ def _engine(base: str, folders: dict[str, Path], rows: int, dtype: str, allow_ba
         }
     )
     if engine.runner.is_solo:
-        say(f"{base} is answered one row at a time: {engine.why_not_fast}")
+        say(f"{loaded.name} is answered one row at a time: {engine.why_not_fast}")
     else:
         for name, reason in engine.served_alone.items():
             say(f'adapter "{name}" shares no batch and is slower: {reason}')
     return engine
 
 
-def _method_engine(
-    base: str, folder: Path, rows: int, dtype: str, allow_base_mismatch: bool
-) -> tuple[Engine, str]:
+def _method_engine(loaded: Base, folder: Path, rows: int, allow_base_mismatch: bool) -> tuple[Engine, str]:
     """An engine whose model computes as the method in `folder` tuned it, for every request; and its digest."""
     from lorasmith.baselines import Tuned, apply_method
-    from lorasmith.bases import load_base
 
-    loaded = load_base(base, dtype=dtype)
     tuned = load_tuned(folder, loaded, allow_base_mismatch=allow_base_mismatch)
     assert isinstance(tuned, Tuned)
     apply_method(loaded.model, tuned)

@@ -31,6 +31,9 @@ def merge(
         Path | None, typer.Option(help="Folder for the merged model. Without it only the survival is shown.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the merged model: auto, bf16, fp16 or fp32.")] = "auto",
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="nf4 or int8: merge into what these codes stand for.")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Merge although the rounding eats the update.")
     ] = False,
@@ -39,11 +42,14 @@ def merge(
 ) -> None:
     """Write a plain model; refuses when the update does not survive the rounding."""
     from lorasmith.bases import load_base
+    from lorasmith.quantised import dequantise_linears
 
     if out is not None and out.exists():
         raise OutputError(f"{out} exists already. Choose another folder; nothing was written.")
-    loaded = load_base(base, dtype=dtype)
+    loaded = load_base(base, dtype=dtype, quantize=quantize)
     tuned = load_adapter(adapter, loaded, allow_base_mismatch=allow_base_mismatch)
+    if quantize is not None:
+        dequantise_linears(loaded.model)
     if out is None:
         result = survey(loaded, tuned)
         print_json(result) if as_json else show_survey(result, str(loaded.model.dtype))

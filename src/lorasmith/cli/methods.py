@@ -125,7 +125,9 @@ def method_engine(base: Base, tuned: Tuned, *, rows: int = 16) -> Engine:
     return Engine(base, max_rows=rows, runner="generic", max_context=limit)
 
 
-def check_method(path: Path, base: Path) -> tuple[bool | None, list[dict[str, str]]]:
+def check_method(
+    path: Path, base: Path, quantize: str | None = None
+) -> tuple[bool | None, list[dict[str, str]]]:
     """Whether the base matches, and every problem, of what another method left."""
     from lorasmith.baselines import read_method
     from lorasmith.bases import fingerprint_directory, match_base
@@ -134,7 +136,7 @@ def check_method(path: Path, base: Path) -> tuple[bool | None, list[dict[str, st
         tuned = read_method(path)
     except AdapterFileError as error:
         return None, [{"kind": "unreadable", "module": "", "message": str(error)}]
-    matches = match_base(tuned.provenance, fingerprint_directory(base))
+    matches = match_base(tuned.provenance, fingerprint_directory(base, quantised=quantize))
     message = "it was trained on another base; `lorasmith eval` says what differs"
     problems = [{"kind": "base-mismatch", "module": "", "message": message}] if matches is False else []
     return matches, problems

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 BaseOption = Annotated[str, typer.Option("--base", help="Local directory, built-in name or hub id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16 or fp32.")]
+QuantizeOption = Annotated[
+    str | None, typer.Option("--quantize", help="Hold the base's linear layers as nf4 or int8.")
+]
 MismatchOption = Annotated[
     bool, typer.Option("--allow-base-mismatch", help="Use an adapter that was trained on another base.")
 ]

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import BaseOption, DtypeOption, JsonOption, parse_bytes, print_json, say
+from lorasmith.cli.options import (
+    BaseOption,
+    DtypeOption,
+    JsonOption,
+    QuantizeOption,
+    parse_bytes,
+    print_json,
+    say,
+)
 from lorasmith.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
@@ -38,12 +46,14 @@ def plan(
     packing: Annotated[str | None, typer.Option(help="auto, none, plain or tree.")] = None,
     kernels: Annotated[str | None, typer.Option(help="auto, block, inductor or plain.")] = None,
     recompute: Annotated[str | None, typer.Option(help="auto, none, mlp or layers.")] = None,
+    offload: Annotated[str | None, typer.Option(help="none, activations, weights or all.")] = None,
     processes: Annotated[int, typer.Option(help="That train together, as under torchrun.", min=1)] = 1,
     shard: Annotated[str | None, typer.Option(help="none, or base: spread over the processes.")] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run six real steps to calibrate the time.")
     ] = False,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predict memory, disk and time; no weight is loaded unless --measure asks for it."""
@@ -58,18 +68,20 @@ def plan(
         raise ConfigError("--measure runs on this machine; it cannot calibrate a device that is not here.")
     if measure and processes > 1:
         raise ConfigError("--measure runs steps in this process alone; leave it out, or --processes.")
+    if quantize and (measure or shard == "base"):
+        raise ConfigError("--quantize goes with neither --measure nor --shard base; leave one of them out.")
     limit = parse_bytes(budget) if budget else None
     run = read_run_file(config) if config else {}
     asked = run.get("lora", {}) | given(flags, "rank")
     lora = LoRAConfig.from_dict(asked | ({"targets": parse_targets(targets)} if targets else {}))
     settings = TrainConfig.from_dict(run.get("train", {}) | given(
         flags, "batch_size", "batch_tokens", "max_length", "epochs", "max_steps", "packing",
-        "kernels", "recompute", "shard",
+        "kernels", "recompute", "offload", "shard",
     ))  # fmt: skip
     if measure:
         limit_kept_kernels()  # as `train` does, and before this process multiplies anything
     settings = replace(settings, budget_bytes=limit)
-    planned = Planned.read(base, data, lora, settings, dtype=dtype, processes=processes)
+    planned = Planned.read(base, data, lora, settings, dtype=dtype, quantize=quantize, processes=processes)
     machine = known_device(device) if device else this_machine(planned.dtype, processes=processes)
     factor = measured_factor(planned, machine, base, data, dtype=dtype) if measure else 1.0
     result, fits = _result(planned, machine, limit, factor)

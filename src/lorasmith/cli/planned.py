@@ -60,6 +60,7 @@ class Planned:
         settings: TrainConfig,
         *,
         dtype: str,
+        quantize: str | None = None,
         processes: int = 1,
     ) -> Planned:
         """Build the skeleton, encode the data and lay out its steps."""
@@ -79,7 +80,7 @@ class Planned:
             config=config,
             settings=settings,
             dtype=chosen,
-            decoder=decoder_of(skeleton.model, itemsize=chosen.itemsize),
+            decoder=decoder_of(skeleton.model, itemsize=chosen.itemsize, quantize=quantize),
             trained=_trained(skeleton.model, config),
             encoded=encoded,
             order=order,
@@ -112,6 +113,7 @@ class Planned:
             file_itemsize=self.skeleton.file_itemsize,
             is_mapped=self.skeleton.file_itemsize == self.decoder.itemsize,
             gives_back=self.settings.budget_bytes is not None,
+            keeps_weights=self.settings.keeps_weights or method == "full",
             sharded_over=self.processes if (method, self.settings.shard) == ("lora", "base") else 1,
         )  # fmt: skip
 
@@ -167,17 +169,18 @@ class Planned:
             time_factor=factor,
         )  # fmt: skip
 
+    def _held_as(self) -> str:
+        if self.decoder.packed is not None:
+            return f"; for LoRA {self.decoder.packed.params:,} of them as {self.decoder.packed.kind}"
+        is_spread = self.processes > 1 and self.settings.shard == "base"
+        return f", layers spread over {self.processes} processes" if is_spread else ""
+
     def rows(self, lora: dict[str, Any], full: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         """The table: what, for LoRA, for full fine-tuning, and why."""
         largest = lora["largest_pass"]
         by_layer = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in lora["by_layer"].items())
         why = {
-            "weights_bytes": f"{self.decoder.params:,} of {self.decoder.itemsize} bytes"
-            + (
-                f", layers spread over {self.processes} processes"
-                if lora["weights_bytes"] < full["weights_bytes"]
-                else ""
-            ),
+            "weights_bytes": f"{self.decoder.params:,} of {self.decoder.itemsize} bytes" + self._held_as(),
             "adapter_bytes": "Σ rank·(in + out), float32",
             "gradient_bytes": "one for each trained number",
             "optimizer_bytes": "Adam: two moments each",

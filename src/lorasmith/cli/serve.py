@@ -13,6 +13,7 @@ from lorasmith.cli.options import (
     DtypeOption,
     JsonOption,
     MismatchOption,
+    QuantizeOption,
     parse_bytes,
     print_json,
     say,
@@ -23,7 +24,7 @@ from lorasmith.errors import ConfigError, LoraSmithError, did_you_mean
 if TYPE_CHECKING:
     from lorasmith.bases import Base
     from lorasmith.engine import Engine
-    from lorasmith.server import Gateway
+    from lorasmith.server import Gateway, WorkerSpec
     from lorasmith.store import Store
 
 PAIR = "name=DIR"
@@ -62,6 +63,7 @@ def serve(
     drain_s: Annotated[float, typer.Option(help="How long answers may finish after SIGTERM.", min=0)] = 30.0,
     playground: Annotated[bool, typer.Option(help="Serve the page at /playground.")] = True,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     allow_base_mismatch: MismatchOption = False,
 ) -> None:
     """Serve a base and every adapter in a store. A request's `model` is an alias, alias@version or a digest."""
@@ -75,7 +77,7 @@ def serve(
     check_exposure(host, known, insecure=insecure)
     check_address(host, port)
     opened = Store(store, actor="serve")
-    _add(opened, base, [*(adapters or []), *(more or [])], allow_base_mismatch)
+    _add(opened, base, [*(adapters or []), *(more or [])], quantize, allow_base_mismatch)
     is_exact = deterministic or shadow_share > 0
     options = {
         "max_rows": max_rows, "max_context": max_context, "deterministic": is_exact, "adapter_bytes": held,
@@ -87,8 +89,9 @@ def serve(
     if workers > 1 or engine == "ray":
         where = {"host": host, "port": port, "insecure": insecure}
         most = (max_workers or workers) if engine == "ray" else None
-        return _serve_fleet(base, dtype, store, workers, options, limits, known, most, **where)
-    loaded = load_base(base, dtype=dtype)
+        spec = _spec(base, dtype, quantize, store, options, limits)
+        return _serve_fleet(spec, workers, most, keys=known, **where)
+    loaded = load_base(base, dtype=dtype, quantize=quantize)
     gateway = _gateway(loaded, opened, known, options, limits)
     say(
         f"base {gateway.config.base_id} ({loaded.dtype_reason}), {len(gateway.adapters.loaded)} adapters loaded"
@@ -147,27 +150,25 @@ def _gateway(base: Base, store: Store, keys: Any, options: dict[str, Any], limit
     return gateway
 
 
-def _serve_fleet(
-    base: str,
-    dtype: str,
-    store: Path,
-    workers: int,
-    options: dict[str, Any],
-    limits: dict[str, Any],
-    keys: Any,
-    most: int | None,
-    **where: Any,
-) -> None:
-    """On Ray, where `most` says how many workers there may be."""
-    from lorasmith.server import ServerConfig, WorkerSpec, run_fleet
+def _spec(
+    base: str, dtype: str, quantize: str | None, store: Path, options: dict[str, Any], limits: dict[str, Any]
+) -> WorkerSpec:
+    from lorasmith.server import ServerConfig, WorkerSpec
 
     if limits["playground"]:
         say("several workers serve no playground yet; one does")
     config = ServerConfig(Path(base).name, **limits | {"playground": False})
-    spec = WorkerSpec(base, dtype, str(store), config, options)
-    facts = base_facts(base, allow_mismatch=limits["allow_base_mismatch"])
+    return WorkerSpec(base, dtype, str(store), config, options, quantize)
+
+
+def _serve_fleet(spec: WorkerSpec, workers: int, most: int | None, **where: Any) -> None:
+    """On Ray, where `most` says how many workers there may be."""
+    from lorasmith.server import run_fleet
+
+    mismatch = spec.config.allow_base_mismatch
+    where["facts"] = base_facts(spec.base, quantize=spec.quantize, allow_mismatch=mismatch)
+    where["on_start"] = lambda url: _say_where(url, False)
     say(f"starting {workers} workers")
-    where |= {"keys": keys, "facts": facts, "on_start": lambda url: _say_where(url, False)}
     if most is None:
         return run_fleet(spec, workers, **where)
     from lorasmith.server.on_ray import run_on_ray
@@ -175,10 +176,10 @@ def _serve_fleet(
     run_on_ray(spec, workers, most=most, **where)
 
 
-def _add(store: Store, base: str, pairs: list[str], allow_base_mismatch: bool) -> None:
+def _add(store: Store, base: str, pairs: list[str], quantize: str | None, allow_base_mismatch: bool) -> None:
     if not pairs:
         return
-    facts = base_facts(base, allow_mismatch=allow_base_mismatch)
+    facts = base_facts(base, quantize=quantize, allow_mismatch=allow_base_mismatch)
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not (equals and path):

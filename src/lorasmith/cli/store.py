@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import JsonOption, print_json, say
+from lorasmith.cli.options import JsonOption, QuantizeOption, print_json, say
 
 if TYPE_CHECKING:
     from lorasmith.store import Alias, BaseFacts, Store, Version
@@ -24,16 +24,19 @@ def _open(path: Path, *, create: bool = False) -> Store:
     return Store(path, create=create)
 
 
-def base_facts(base: str, *, allow_mismatch: bool = False) -> BaseFacts:
+def base_facts(base: str, *, quantize: str | None = None, allow_mismatch: bool = False) -> BaseFacts:
     """What an adapter must fit, read from the base's headers."""
     from lorasmith.bases import base_directory, fingerprint_directory, match_base, read_headers
+    from lorasmith.quantised import require_kind
     from lorasmith.store import BaseFacts
 
     directory = base_directory(base)
+    if quantize is not None:
+        require_kind(quantize)
     shapes = {name: tensor.shape for name, tensor in read_headers(directory).items()}
     if allow_mismatch:
         return BaseFacts(base, shapes, lambda _: None)
-    fingerprint = fingerprint_directory(directory)
+    fingerprint = fingerprint_directory(directory, quantised=quantize)
     return BaseFacts(base, shapes, lambda provenance: match_base(provenance, fingerprint))
 
 
@@ -62,13 +65,14 @@ def add(
     store: StoreOption,
     name: Annotated[str, typer.Option(help="What it is called; the next version of that name.")],
     base: Annotated[str | None, typer.Option(help="Check it against this base, as `check` does.")] = None,
+    quantize: QuantizeOption = None,
     promote: Annotated[bool, typer.Option(help="Let the name point to it at once.")] = True,
     canary: Annotated[float, typer.Option(help="Give it this share of the name's requests instead.")] = 0.0,
     allow: Annotated[list[str] | None, typer.Option(help="zero-factors or extreme-scaling.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter, copy it in, and make it the next version of a name."""
-    facts = None if base is None else base_facts(base)
+    facts = None if base is None else base_facts(base, quantize=quantize)
     if facts is None:
         say("not compared with a base (give --base): only the adapter itself is checked")
     opened = _open(store, create=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import BaseOption, JsonOption, print_json, say
+from lorasmith.cli.options import BaseOption, JsonOption, QuantizeOption, print_json, say
 from lorasmith.cli.train import INTERRUPTED, parse_targets
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def sweep(
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     seed: Annotated[int | None, typer.Option(help="Default 0.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    quantize: QuantizeOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -72,8 +73,8 @@ def _run(flags: dict[str, Any], lora: dict[str, Any], train: dict[str, Any], *, 
     with world() as here:
         device = here.device if here.size > 1 else "cpu"
         result = run_sweep(
-            load_base(flags["base"], dtype=flags["dtype"], device=device), flags["data"], made, out=flags["out"],
-            eval_data=flags["eval_data"], halving=halving, resume=flags["resume"],
+            load_base(flags["base"], dtype=flags["dtype"], device=device, quantize=flags["quantize"]),
+            flags["data"], made, out=flags["out"], eval_data=flags["eval_data"], halving=halving, resume=flags["resume"],
         )  # fmt: skip
     if as_json and here.is_first:
         print_json(result.to_dict())

@@ -20,10 +20,10 @@ from lorasmith.cli.methods import (
     VirtualTokensOption,
     with_method_options,
 )
-from lorasmith.cli.options import JsonOption, parse_bytes, print_json, say
+from lorasmith.cli.options import JsonOption, QuantizeOption, parse_bytes, print_json, say
 from lorasmith.errors import ConfigError, did_you_mean
 
-TOP_LEVEL = ("base", "data", "eval_data", "out", "dtype", "lora", "train")
+TOP_LEVEL = ("base", "data", "eval_data", "out", "dtype", "quantize", "lora", "train")
 INTERRUPTED = 130
 
 
@@ -64,6 +64,7 @@ def train(
     packing: Annotated[str | None, typer.Option(help="auto, none, plain or tree.")] = None,
     kernels: Annotated[str | None, typer.Option(help="auto, block, inductor or plain.")] = None,
     recompute: Annotated[str | None, typer.Option(help="auto, none, mlp or layers.")] = None,
+    offload: Annotated[str | None, typer.Option(help="none, activations, weights or all.")] = None,
     budget: Annotated[str | None, typer.Option(help="Largest peak of memory, such as 2GiB.")] = None,
     shard: Annotated[
         str | None, typer.Option(help="Under torchrun: none, or base, spread over the processes.")
@@ -72,6 +73,7 @@ def train(
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of factors, order and dropout. Default 0.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32.")] = None,
+    quantize: QuantizeOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
     ] = False,
@@ -89,13 +91,13 @@ def train(
             lora[name] = parse_targets(flags[name])
     settings = run.get("train", {}) | given(
         flags, "method", "lr", "epochs", "max_steps", "batch_size", "batch_tokens", "max_length", "packing",
-        "kernels", "recompute", "shard", "eval_every", "save_every", "seed",
+        "kernels", "recompute", "offload", "shard", "eval_every", "save_every", "seed",
     )  # fmt: skip
     settings = with_method_options(settings, flags)
     if budget is not None:
         settings["budget_bytes"] = parse_bytes(budget)
-    places = {k: run.get(k) for k in TOP_LEVEL[:5]} | given(
-        flags, "base", "data", "eval_data", "out", "dtype"
+    places = {k: run.get(k) for k in TOP_LEVEL[:6]} | given(
+        flags, "base", "data", "eval_data", "out", "dtype", "quantize"
     )
     missing = [f"--{name}" for name in ("base", "data", "out") if places.get(name) is None]
     if missing:
@@ -127,7 +129,9 @@ def _run(
                 "processes what it chose (its run.json)."
             )
         device = here.device if here.size > 1 and train_config.shard == "none" else "cpu"
-        base = load_base(str(places["base"]), dtype=places["dtype"] or "auto", device=device)
+        base = load_base(
+            str(places["base"]), dtype=places["dtype"] or "auto", device=device, quantize=places["quantize"]
+        )
         decisions = None
         if auto:
             from lorasmith.cli.auto import decide

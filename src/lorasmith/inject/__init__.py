@@ -3,7 +3,7 @@
 `inject` changes the class of each target in place (`Linear` becomes a `Linear` that also holds
 `lora_A` and `lora_B`), so paths, weights, hooks and tied tensors of the base stay what they were.
 
-May import: lora, errors.
+May import: lora, quantised, errors.
 """
 
 from lorasmith.inject.attach import carries_any, check_fit, eject, extract, inject, lora_layers

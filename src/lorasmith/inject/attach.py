@@ -18,6 +18,7 @@ from lorasmith.inject.rows import TokenRowsLayer, attach_rows, rows_fault, tied_
 from lorasmith.inject.tying import parameter_slots
 from lorasmith.inject.whole import exchange_weights, put_parameter, weight_faults
 from lorasmith.lora import Adapter, Extras, Factors, LoRAConfig, TokenRows
+from lorasmith.quantised import quantisation_of
 
 _ATTRIBUTE = "lorasmith_injection"
 
@@ -224,11 +225,11 @@ def _extract_extras(model: nn.Module, injection: Injection) -> Extras:
 
 
 def _report(model: nn.Module, modules: dict[str, nn.Module], adapter: Adapter) -> InjectReport:
-    parameters = list(model.parameters())
+    parameters, packed = list(model.parameters()), quantisation_of(model)
     return InjectReport(
         ranks={path: f.rank for path, f in adapter.factors.items()},
         trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
-        total_params=sum(p.numel() for p in parameters),
+        total_params=sum(p.numel() for p in parameters) + (packed.params if packed else 0),
         not_matched=tuple(
             path for path, m in modules.items() if linear_shape(m) is not None and path not in adapter.factors
         ),

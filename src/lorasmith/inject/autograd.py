@@ -4,6 +4,7 @@ Semantics, for each layer i of the group:
     xd  = x ⊙ mask / (1 − p)          (only with dropout; the mask is remade from its seed)
     y_i = x @ W_iᵀ + b_i + scaling_i · (xd @ A_iᵀ) @ B_iᵀ
 A layer without factors (A and B are None) is a plain one: no second term.
+A quantised W_i is None among the tensors: `Spec.quantised` makes it anew for each product.
 Saved for backward: x itself (no copy, no cast) and u = xd @ [A_1; A_2; …]ᵀ, which is Σ rank wide.
 That is tokens · Σ rank · itemsize bytes on top of x, which the base's own backward would not
 keep, since its weights are frozen.
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorasmith.quantised import QuantisedLinear
+
 PARTS = 4  # tensors per layer: W, b, A, B
 
 
@@ -36,12 +39,14 @@ class Spec:
         transposed: of each layer: W is stored (in_features, out_features).
         dropout: share of the low-rank branch's input that is zeroed; 0 outside training.
         seed: of the dropout mask.
+        quantised: of each layer, where its W is quantised: the layer; empty if none can be.
     """
 
     scalings: tuple[float, ...]
     transposed: tuple[bool, ...]
     dropout: float = 0.0
     seed: int = 0
+    quantised: tuple[QuantisedLinear | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def lora_linears(x: Tensor, spec: Spec | Segmented, tensors: Sequence[Tensor | N
 
     Args:
         x: (…, in_features).
-        tensors: W, b or None, A and B (or None, None) of each layer in turn. A and B may be wider than x
+        tensors: W (None if quantised), b or None, A and B (or None, None) of each layer in turn. A and B may be wider than x
             (float32 masters over bfloat16): the product is formed in x's dtype. If segmented, so for
             each segment in turn.
     """
@@ -157,7 +162,9 @@ def linear_gradients(
 
 def _base_outputs(x: Tensor, segment: _Segment) -> tuple[Tensor, ...]:
     pairs = zip(segment.layers, segment.spec.transposed, strict=True)
-    return tuple(base_linear(x, layer.W, layer.b, transposed=transposed) for layer, transposed in pairs)
+    return tuple(
+        base_linear(x, _whole(layer.W, x), layer.b, transposed=transposed) for layer, transposed in pairs
+    )
 
 
 def _add_low_rank(flat: Tensor, segment: _Segment, outputs: Sequence[Tensor]) -> Tensor:
@@ -177,7 +184,8 @@ def _base_input_gradient(grads: Sequence[Tensor | None], segment: _Segment) -> T
     dx: Tensor | None = None
     for layer, transposed, g in zip(segment.layers, segment.spec.transposed, grads, strict=True):
         if g is not None:
-            out_by_in = layer.W.T if transposed else layer.W
+            W = _whole(layer.W, g)
+            out_by_in = W.T if transposed else W
             dx = g @ out_by_in if dx is None else dx.addmm_(g, out_by_in)
     return dx
 
@@ -249,7 +257,7 @@ def dropout_mask(x: Tensor, spec: Spec) -> Tensor:
 
 
 class _Layer(NamedTuple):
-    W: Tensor
+    W: Tensor | QuantisedLinear
     b: Tensor | None
     A: Tensor | None
     B: Tensor | None
@@ -266,19 +274,27 @@ class _Segment(NamedTuple):
 
 def _segments(spec: Spec | Segmented, tensors: Sequence[Tensor | None], x: Tensor) -> list[_Segment]:
     if not isinstance(spec, Segmented):
-        layers = _layers(tensors)
+        layers = _layers(tensors, spec)
         return [_Segment(slice(None), spec, layers, _columns(layers))]
     each = len(tensors) // len(spec.specs)
     slices = spec.slices(x.numel() // x.shape[-1])
     found = []
     for i, (where, own) in enumerate(zip(slices, spec.specs, strict=True)):
-        layers = _layers(tensors[i * each : (i + 1) * each])
+        layers = _layers(tensors[i * each : (i + 1) * each], own)
         found.append(_Segment(where, own, layers, _columns(layers)))
     return found
 
 
-def _layers(tensors: Sequence[Tensor | None]) -> list[_Layer]:
-    return [_Layer(*tensors[i : i + PARTS]) for i in range(0, len(tensors), PARTS)]  # type: ignore[arg-type]
+def _layers(tensors: Sequence[Tensor | None], spec: Spec) -> list[_Layer]:
+    layers = [_Layer(*tensors[i : i + PARTS]) for i in range(0, len(tensors), PARTS)]  # type: ignore[arg-type]
+    pairs = (
+        zip(layers, spec.quantised, strict=True) if spec.quantised else ((layer, None) for layer in layers)
+    )
+    return [layer if quantised is None else layer._replace(W=quantised) for layer, quantised in pairs]
+
+
+def _whole(W: Tensor | QuantisedLinear, like: Tensor) -> Tensor:
+    return W if isinstance(W, Tensor) else W.borrow(like.dtype)
 
 
 def _columns(layers: Sequence[_Layer]) -> list[slice]:

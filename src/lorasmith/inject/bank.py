@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorasmith.inject.autograd import Segmented, Spec, lora_linears
 from lorasmith.inject.kinds import AdaptedLayer, linear_shape
 from lorasmith.lora import Factors
+from lorasmith.quantised import QuantisedLinear
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,11 @@ def bank_parts(bank: Bank, layers: Sequence[nn.Module]) -> tuple[Spec | Segmente
     """What `lora_linears` needs of layers that share an input, under the current rows."""
     paths = [getattr(layer, "lora_path", "") for layer in layers]
     transposed = tuple(not isinstance(layer, nn.Linear) for layer in layers)
-    own: list[tuple[Tensor, Tensor | None]] = [
-        (layer.get_parameter("weight"), layer._parameters.get("bias")) for layer in layers
-    ]
+    own = [(layer._parameters.get("weight"), layer._parameters.get("bias")) for layer in layers]
+    quantised = tuple(m if isinstance(m, QuantisedLinear) else None for m in layers)
     if not bank.current:
         tensors: list[Tensor | None] = [t for W, b in own for t in (W, b, None, None)]
-        return Spec((0.0,) * len(layers), transposed), tensors
+        return Spec((0.0,) * len(layers), transposed, quantised=quantised), tensors
     specs, tensors = [], []
     for i, (name, _) in enumerate(bank.current):
         tenant = bank.tenants[name]
@@ -119,7 +119,7 @@ def bank_parts(bank: Bank, layers: Sequence[nn.Module]) -> tuple[Spec | Segmente
         seed = 0 if first is None else bank.seed(first, i, tenant)
         scalings = tuple(0.0 if f is None else f.scaling for f in pairs)
         dropout = tenant.dropout if bank.training else 0.0
-        specs.append(Spec(scalings, transposed, dropout, seed))
+        specs.append(Spec(scalings, transposed, dropout, seed, quantised))
         for (W, b), f in zip(own, pairs, strict=True):
             tensors += [W, b, None if f is None else f.A, None if f is None else f.B]
     if len(specs) == 1:
@@ -129,7 +129,9 @@ def bank_parts(bank: Bank, layers: Sequence[nn.Module]) -> tuple[Spec | Segmente
 
 def can_join(module: nn.Module) -> bool:
     """Whether a bank can serve `module`: exactly a linear layer, of either orientation."""
-    plain = type(module) is nn.Linear or not isinstance(module, nn.Linear)
+    plain = (
+        type(module) is nn.Linear or isinstance(module, QuantisedLinear) or not isinstance(module, nn.Linear)
+    )
     return plain and not isinstance(module, AdaptedLayer) and linear_shape(module) is not None
 
 

@@ -13,6 +13,7 @@ from lorasmith.inject.kinds import layer_shape
 from lorasmith.inject.layer import shape_of
 from lorasmith.inject.rows import tied_faults
 from lorasmith.lora import Adapter, Factors, TokenRows, add_delta, compute_dtype, dora_weight, rows_of
+from lorasmith.quantised import QuantisedLinear
 
 
 def changed_names(adapter: Adapter) -> set[str]:
@@ -125,6 +126,22 @@ def _same_delta(model: nn.Module, adapter: Adapter, one: str, other: str) -> boo
 
 def _same_tensor(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def refuse_quantised(model: nn.Module, adapter: Adapter) -> None:
+    """Raise if a weight that `adapter` changes is quantised: rounding to its codes would eat the update.
+
+    Raises:
+        MergeStateError: with the format and what to do instead.
+    """
+    modules = dict(model.named_modules())
+    kinds = [m.kind for path in adapter.factors if isinstance(m := modules.get(path), QuantisedLinear)]
+    if kinds:
+        raise MergeStateError(
+            f"merge: {len(kinds)} of {len(adapter.factors)} adapted layers hold {kinds[0]} codes, not weights; "
+            "nothing was changed.\n  Serve the adapter unmerged, or merge into the dequantised base: "
+            f"dequantise_linears(base.model), or `lorasmith merge ADAPTER --base B --quantize {kinds[0]} --out DIR`."
+        )
 
 
 def refuse_unmergeable(

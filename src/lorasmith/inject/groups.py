@@ -46,8 +46,11 @@ class SharedInputGroup:
         state: list[object] = [x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)]
         for layer in self.layers:
             state += [layer.training, layer.lora_scaling]
-            for tensor in (layer.weight, layer.lora_A, layer.lora_B):
-                assert isinstance(tensor, Tensor)
+            # a quantised weight is no parameter, and never changes
+            weight = layer._parameters.get("weight")
+            for tensor in (weight, layer.lora_A, layer.lora_B):
+                if tensor is None:
+                    continue
                 state += [_Same(tensor), -1 if tensor.is_inference() else tensor._version]
         return tuple(state)
 

@@ -13,6 +13,7 @@ from lorasmith.inject.autograd import PARTS, Segmented, Spec, lora_linears
 from lorasmith.inject.bank import BankLayer, bank_parts
 from lorasmith.inject.kinds import AdaptedLayer, LayerShape, is_conv1d, layer_shape, own_class
 from lorasmith.lora import Factors, compute_dtype
+from lorasmith.quantised import QuantisedLinear
 
 if TYPE_CHECKING:
     from lorasmith.inject.groups import SharedInputGroup
@@ -45,7 +46,8 @@ class LoRALayer(AdaptedLayer):
     @property
     def lora_is_plain(self) -> bool:
         """Whether the base's forward is exactly a linear map, so that the lean path applies."""
-        return own_class(type(self)).forward is nn.Linear.forward or is_conv1d(self)
+        own = own_class(type(self)).forward
+        return own in (nn.Linear.forward, QuantisedLinear.forward) or is_conv1d(self)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """What the base's own class computes."""
@@ -98,9 +100,9 @@ def lora_outputs(layers: list[LoRALayer], x: Tensor) -> tuple[Tensor, ...]:
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether `module` computes x @ Wᵀ + b, plus scaling · B(A(dropout(x))) if it is adapted, and nothing else."""
     if not isinstance(module, AdaptedLayer):
-        return type(module) is nn.Linear
+        return type(module) is nn.Linear or isinstance(module, QuantisedLinear)
     if isinstance(module, BankLayer):
-        return own_class(type(module)) is nn.Linear
+        return own_class(type(module)) is nn.Linear or isinstance(module, QuantisedLinear)
     is_alone = type(module).__bases__ == (LoRALayer, own_class(type(module)))
     is_plain = isinstance(module, LoRALayer) and module.lora_is_active and module.lora_is_plain
     return is_alone and is_plain and isinstance(module, nn.Linear)
@@ -122,9 +124,12 @@ def linear_parts(layers: Sequence[nn.Module]) -> tuple[Spec | Segmented, list[Te
         transposed=tuple(not isinstance(layer, nn.Linear) for layer in layers),
         dropout=dropout,
         seed=int(torch.randint(2**62, ()).item()) if dropout else 0,
+        quantised=tuple(m if isinstance(m, QuantisedLinear) else None for m in layers),
     )
-    names = ("weight", "bias", "lora_A", "lora_B")
-    return spec, [getattr(layer, name, None) for layer in layers for name in names]
+    names = ("bias", "lora_A", "lora_B")  # a quantised layer's weight is made when it is multiplied with
+    weights = [layer._parameters.get("weight") for layer in layers]
+    rest = [[getattr(layer, name, None) for name in names] for layer in layers]
+    return spec, [t for W, others in zip(weights, rest, strict=True) for t in (W, *others)]
 
 
 def _autocast_input(x: Tensor) -> tuple[Tensor, torch.dtype | None]:

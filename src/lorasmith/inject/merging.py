@@ -24,6 +24,7 @@ from lorasmith.inject.folding import (
     expert_stacks,
     folded_value,
     is_low_rank,
+    refuse_quantised,
     refuse_unmergeable,
     same_change,
 )
@@ -231,6 +232,7 @@ def _plan(model: nn.Module, state: MergeState, adapter: Adapter) -> Plan:
     Raises:
         MergeStateError: something of the adapter has no weight to go into, or one that is not floating point.
     """
+    refuse_quantised(model, adapter)
     base = {name: state.shared.get(name, live) for name, live in parameter_slots(model)}
     refuse_unmergeable(model, adapter, base, _base_values(state, base))
     rows = rows_by_weight(base, adapter)

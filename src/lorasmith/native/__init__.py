@@ -7,6 +7,8 @@ May import: errors.
 """
 
 from lorasmith.native.compile import is_enabled, load
+from lorasmith.native.folder import home
+from lorasmith.native.pages import forget_pages, is_mapped, mapped_files
 from lorasmith.native.threads import release_threads
 
-__all__ = ["is_enabled", "load", "release_threads"]
+__all__ = ["forget_pages", "home", "is_enabled", "is_mapped", "load", "mapped_files", "release_threads"]

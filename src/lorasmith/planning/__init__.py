@@ -2,7 +2,7 @@
 
 `activations.py` is the one place with the memory formulas; `estimate` adds them up at the worst moment.
 
-May import: lora, errors.
+May import: lora, quantised, errors.
 """
 
 from lorasmith.planning.activations import (

@@ -70,12 +70,14 @@ class Computing:
         is_tiled: attention by tiles (a CPU), which saves neither repeated keys nor a log-sum-exp.
         is_in_place: the loss turns logits into their gradient in place (the C functions, a frozen head).
         recompute: "mlp" (gate and up; the whole layer where `is_block` is not) or "layers".
+        keeps_activations: else they wait elsewhere, and one layer's are here at a time.
     """
 
     is_block: bool = False
     is_tiled: bool = False
     is_in_place: bool = False
     recompute: Recompute = "none"
+    keeps_activations: bool = True
 
     @property
     def again(self) -> Recompute:
@@ -202,7 +204,8 @@ def _mlp_tensors(d: Decoder) -> int:
 
 def saved_bytes(decoder: Decoder, trained: Trained, p: Pass, how: Computing) -> int:
     """All that lives between forward and backward."""
-    layers = sum(sum(layer.values()) for layer in saved_by_layer(decoder, trained, p, how))
+    each = [sum(layer.values()) for layer in saved_by_layer(decoder, trained, p, how)]
+    layers = sum(each) if how.keeps_activations else max(each)
     return layers + _norm(decoder, p.slots, decoder.width, trained) + _tables(decoder, p, how)
 
 

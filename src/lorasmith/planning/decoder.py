@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from lorasmith.quantised import Quantisation, QuantisedLinear, predicted_quantisation, quantisation_of
+
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "wo")
 """Last parts of the paths of layers that end a block; the others of a block share its input."""
 
@@ -29,6 +31,7 @@ class Decoder:
         untied_embeddings: parameters of input embeddings that are no output head at the same time.
         layer_params: of all decoder layers. largest_layer_params: of one.
         is_eager: attention scores exist whole (a soft cap forbids the fused kernel).
+        packed: what of it is quantised.
     """
 
     params: int
@@ -50,6 +53,19 @@ class Decoder:
     untied_embeddings: int = 0
     layer_params: int = 0
     largest_layer_params: int = 0
+    packed: Quantisation | None = None
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of all weights as they are held."""
+        if self.packed is None:
+            return self.params * self.itemsize
+        return (self.params - self.packed.params) * self.itemsize + self.packed.stored_bytes
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Of the largest quantised weight while it is multiplied with."""
+        return 0 if self.packed is None else self.packed.largest * self.itemsize
 
     @property
     def query_width(self) -> int:
@@ -90,21 +106,22 @@ def is_in_mlp(path: str) -> bool:
     return any(word in path for word in ("mlp", "feed_forward", "ffn", "fc1", "fc2"))
 
 
-def decoder_of(model: nn.Module, *, itemsize: int | None = None) -> Decoder:
+def decoder_of(model: nn.Module, *, itemsize: int | None = None, quantize: str | None = None) -> Decoder:
     """Read the numbers off a model, loaded or on the meta device.
 
     Args:
         itemsize: bytes of a weight; None takes that of the model as it is.
+        quantize: the format that its linear layers would be put into; None for how they are.
     """
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     linears = dict(_linears(model))
     width, heads = int(config.hidden_size), int(config.num_attention_heads)
     parameters = [p for name, p in model.named_parameters() if ".lora_" not in name]
-    norms = list(_norms(model))
+    norms, held = list(_norms(model)), quantisation_of(model)
     by_layer = _params_by_layer(model)
     return Decoder(
-        params=sum(p.numel() for p in parameters),
+        params=sum(p.numel() for p in parameters) + (held.params if held else 0),
         itemsize=itemsize or parameters[0].element_size(),
         linears=linears,
         layers=int(config.num_hidden_layers),
@@ -123,6 +140,7 @@ def decoder_of(model: nn.Module, *, itemsize: int | None = None) -> Decoder:
         is_gated=any("gate" in path.rpartition(".")[2] for path in linears),
         is_eager=getattr(config, "_attn_implementation", None) == "eager",
         untied_embeddings=_untied_embeddings(model),
+        packed=held if quantize is None else predicted_quantisation(model, quantize),
         layer_params=sum(by_layer.values()),
         largest_layer_params=max(by_layer.values(), default=0),
     )
@@ -145,6 +163,10 @@ def _params_by_layer(model: nn.Module) -> dict[int, int]:
         number = layer_number(name)
         if number is not None and ".lora_" not in name:
             found[number] = found.get(number, 0) + parameter.numel()
+    for path, module in model.named_modules():
+        number = layer_number(path)
+        if number is not None and isinstance(module, QuantisedLinear):
+            found[number] = found.get(number, 0) + module.in_features * module.out_features
     return found
 
 

@@ -25,8 +25,8 @@ HOLES_PER_BYTE = {False: 0.18, True: 0.40}
 """Free space between what a heap holds, per byte; True: passes differ in shape, so blocks seldom fit again."""
 LATER_BYTES = 90 * 10**6
 """What a run imports and keeps after its start: kernels' scratch, the progress bar, the plot at the end."""
-KERNELS_BYTES = 200 * 10**6
-"""Compiled products of many shapes, with their scratch: of passes that differ (`train.policy` keeps 64)."""
+KERNELS_PER_BYTE = 22
+"""Compiled products of many shapes, each with its scratch, per byte of a layer's weights (`train.policy` keeps 192)."""
 EVEN_SHAPES = 2
 """Shapes of pass that a run of equal rows has: full ones, and the last."""
 
@@ -50,6 +50,7 @@ class Job:
         file_itemsize: bytes of a weight in the base's own file.
         gives_back: freed memory goes back to the system at once, as under a budget, so the heap has no holes.
         sharded_over: processes that the frozen base is spread over, layer by layer; 1 keeps it whole.
+        keeps_weights: else each layer's are here only while it computes.
         is_mapped: the weights are pages of that file, which become resident when they are read; of input
             embeddings that is a few rows.
     """
@@ -65,6 +66,7 @@ class Job:
     is_mapped: bool = False
     gives_back: bool = False
     sharded_over: int = 1
+    keeps_weights: bool = True
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     if trained.is_full:  # the dense gradients of embedding and head, before they are added to what there is
         in_backward += 2 * d.itemsize * d.vocabulary * d.width
     moment = max(activations + (state if accumulates or not trained.is_full else 0), in_backward)
+    moment += 0 if trained.is_full else d.unpacked_bytes
     allocator = 0 if machine.is_cuda else heap_holes(job, largest)
     peak = runtime + max(constant + moment + allocator, _loading(job))
     flops, seconds = _work(job, machine)
@@ -156,6 +159,8 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     )
 
 
+QUANTISING_BYTES = 6
+"""Of each weight of a layer while it is quantised: the file's page, and its codes twice."""
 GATHERED_LAYERS = 3
 """Of a sharded base: the layer that computes, the next, and the buffer through which they come."""
 
@@ -163,8 +168,10 @@ GATHERED_LAYERS = 3
 def weights_here(job: Job) -> int:
     """Bytes of the base in one process."""
     d, n = job.decoder, job.sharded_over
+    if not job.keeps_weights:  # the layer that computes, and the next as the kernel reads ahead
+        return (d.params - d.layer_params + 2 * d.largest_layer_params) * d.itemsize
     if n == 1:
-        return d.params * d.itemsize
+        return d.params * d.itemsize if job.trained.is_full else d.weights_bytes
     spread = d.layer_params + d.untied_embeddings
     gathered = max(GATHERED_LAYERS * d.largest_layer_params, d.untied_embeddings)
     return (d.params - spread + -(-spread // n) + gathered) * d.itemsize
@@ -181,9 +188,10 @@ def heap_holes(job: Job, p: Pass) -> int:
     copies = 2 * d.itemsize if trained.is_full else 4 * FP32_BYTES
     state = copies * trained.params(d)
     varies = has_many_shapes(job)
+    kernels = varies * KERNELS_PER_BYTE * d.largest_layer_params * d.itemsize
     if job.gives_back:
-        return varies * KERNELS_BYTES + LATER_BYTES
-    holes = HOLES_PER_BYTE[varies] * kept + HOLES_PER_BYTE[False] * state + varies * KERNELS_BYTES
+        return kernels + LATER_BYTES
+    holes = HOLES_PER_BYTE[varies] * kept + HOLES_PER_BYTE[False] * state + kernels
     return int(holes) + backward_bytes(d, trained, p, how) + LATER_BYTES
 
 
@@ -202,6 +210,10 @@ def _loading(job: Job) -> int:
     """While the base is read: its weights, and the file's pages where they are converted to another dtype."""
     d = job.decoder
     file = job.file_itemsize or d.itemsize
+    if d.packed is not None and not job.trained.is_full:  # layer by layer
+        return d.weights_bytes + QUANTISING_BYTES * d.packed.largest
+    if not job.keeps_weights:
+        return weights_here(job)
     if job.sharded_over > 1 and file == d.itemsize:  # each process reads its part of the file alone
         return weights_here(job)
     return d.params * (d.itemsize + (file if file != d.itemsize else 0))

@@ -1,6 +1,6 @@
 """One loop: one adapter on one base, or every weight; packed, accumulated, resumable to the bit.
 
-May import: baselines, inject, lora, formats, data, bases, analysis, planning, native, drawing, errors.
+May import: baselines, inject, lora, formats, data, bases, analysis, planning, native, quantised, drawing, errors.
 """
 
 from lorasmith.train.batch import Batch, Layout, choose_layout, collate

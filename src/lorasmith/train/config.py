@@ -15,6 +15,7 @@ ScheduleName = Literal["linear", "constant", "cosine"]
 MethodName = Literal["lora", "full", "houlsby", "lin", "prefix", "prompt", "bitfit", "top-k", "intrinsic"]
 KernelsName = Literal["auto", "block", "inductor", "plain"]
 RecomputeName = Literal["auto", "none", "mlp", "layers"]
+OffloadName = Literal["none", "activations", "weights", "all"]
 ShardName = Literal["none", "base"]
 
 
@@ -44,6 +45,9 @@ class TrainConfig:
         recompute: what is computed again in the backward pass instead of kept: `"none"`, `"mlp"` (gate and
             up), `"layers"`; `"auto"` keeps what fits the budget.
         budget_bytes: largest peak of the process's memory; decides `recompute` and lowers `batch_tokens`.
+        offload: what waits outside of memory until it is used, for the time that takes: `"none"`,
+            `"activations"` (in a file in the cache folder; of a GPU in the machine's memory), `"weights"`
+            (each layer's, which are pages of the base's file) or `"all"`. The result is the same to the bit.
         shard: under torchrun, what is spread over the processes: `"none"`, or the frozen `"base"`, which
             stays so after the run.
         eval_every: optimizer steps between evaluations; None is five times a run.
@@ -70,10 +74,21 @@ class TrainConfig:
     kernels: KernelsName = "auto"
     recompute: RecomputeName = "auto"
     budget_bytes: int | None = None
+    offload: OffloadName = "none"
     shard: ShardName = "none"
     eval_every: int | None = None
     save_every: int | None = None
     seed: int = 0
+
+    @property
+    def keeps_activations(self) -> bool:
+        """In memory, until their backward pass."""
+        return self.offload in ("none", "weights")
+
+    @property
+    def keeps_weights(self) -> bool:
+        """In memory, between the times that they compute."""
+        return self.offload in ("none", "activations")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -185,6 +200,7 @@ _CHOICES: dict[str, Any] = {
     "method": MethodName,
     "kernels": KernelsName,
     "recompute": RecomputeName,
+    "offload": OffloadName,
     "shard": ShardName,
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorasmith.inject import LoRALayer, is_plain_linear
 from lorasmith.train.block import Keep, Rotation, linear_groups, run_block
 from lorasmith.train.elementwise import Operations, operations
+from lorasmith.train.offload import is_paging
 from lorasmith.train.shard import gathers, whole
 
 PROBE_SLOTS = 12
@@ -70,7 +71,7 @@ def _is_hooked(module: nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     replaced = {"forward", "virtual_tokens"} & vars(module).keys()  # the second: prefix and prompt tuning
     hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
-    return not all(map(gathers, hooks)) or bool(replaced)
+    return not all(gathers(hook) or is_paging(hook) for hook in hooks) or bool(replaced)
 
 
 def _operations_of(layer: nn.Module) -> Operations:
@@ -118,11 +119,12 @@ def _agrees(layer: nn.Module) -> bool:
     for module in dropping:
         module.training = False
     try:
-        own = _output_and_gradient(lambda h: layer(h, position_embeddings=(cosine, sine)), x)
         with whole(layer):
             fast = _output_and_gradient(
                 lambda h: run_block(layer, h, rotation, keep="all", operations=_operations_of(layer)), x
             )
+        # Its own last: hooks on the layer, which the block passes by, leave it as they want it.
+        own = _output_and_gradient(lambda h: layer(h, position_embeddings=(cosine, sine)), x)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
     finally:

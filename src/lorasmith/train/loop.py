@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lorasmith.errors import TrainingError
 from lorasmith.inject import lora_layers
 from lorasmith.lora import Adapter, LoRAConfig
 from lorasmith.planning import resident_bytes, trim_heap
+from lorasmith.quantised import quantisation_of
 from lorasmith.train.announce import announce
 from lorasmith.train.batch import Batch, Layout, choose_layout
 from lorasmith.train.checkpoint import (
@@ -36,6 +37,7 @@ from lorasmith.train.config import TrainConfig
 from lorasmith.train.evaluate import evaluate_loss
 from lorasmith.train.forward import Forward
 from lorasmith.train.methods import method_of
+from lorasmith.train.offload import layers_away
 from lorasmith.train.outputs import (
     Metrics,
     NoMetrics,
@@ -122,7 +124,7 @@ class Run:
         self.base, self.config, self.asked, self.sets = base, config, settings, sets
         self.width = int(getattr(base.model.config, "hidden_size", 576))
         self.settings = settings = settings.resolved(width=self.width)
-        self.method = method_of(settings, config, base.tokenizer)
+        self.method = method_of(settings, config, base.tokenizer, quantised=quantisation_of(base.model))
         self.folder, self.quiet = folder, quiet or not world.is_first
         self.world = replace(world, is_sharded=settings.shard == "base")
         require_enough(settings.batch_size, len(sets.train.examples), world)
@@ -146,7 +148,9 @@ class Run:
         try:
             self.sharding = shard_base(self.model, self.world) if self.world.is_sharded else None
             self._set_training_modes()
-            yield
+            # From here on: what comes before the first step passes through the layers too.
+            with nullcontext() if self.settings.keeps_weights else layers_away(self.model):
+                yield
         finally:
             self.method.detach(self.model)
             for module, mode in modes.items():
@@ -174,6 +178,7 @@ class Run:
             self.model,
             kernels=self.settings.kernels,
             recompute=self.settings.recompute,
+            offload=self.settings.offload,
             flops=self._flops(),
             warm_up=self._warm_up,
             keep_freed=self.settings.budget_bytes is None and not self.world.is_sharded,

@@ -13,6 +13,7 @@ from lorasmith.errors import ConfigError
 from lorasmith.formats import write_adapter
 from lorasmith.inject import InjectReport, eject, extract, group_shared_inputs, inject, ungroup
 from lorasmith.lora import Adapter, LoRAConfig
+from lorasmith.quantised import Quantisation
 from lorasmith.train.config import TrainConfig
 
 
@@ -52,12 +53,32 @@ class LoRA:
         return adapter
 
 
-def method_of(settings: TrainConfig, config: LoRAConfig, tokenizer: Any) -> Method:
+NEEDS_WEIGHTS = ("full", "top-k", "intrinsic")
+"""Methods that change the base's own weights."""
+
+
+def method_of(
+    settings: TrainConfig, config: LoRAConfig, tokenizer: Any, *, quantised: Quantisation | None = None
+) -> Method:
     """The method that the settings name.
+
+    Args:
+        quantised: what of the base is.
 
     Raises:
         ConfigError: it cannot be trained with these settings.
     """
+    if quantised and (settings.method in NEEDS_WEIGHTS or settings.shard != "none"):
+        raise ConfigError(
+            f'The base is quantised ({quantised.kind}): its codes can neither be trained (method="{settings.method}") nor '
+            f'spread over processes (shard="{settings.shard}"). Load it without --quantize, or use method="lora" with '
+            'shard="none".'
+        )
+    if settings.method in NEEDS_WEIGHTS and not settings.keeps_weights:
+        raise ConfigError(
+            f'offload="{settings.offload}" reads frozen weights again from their file, and method="{settings.method}" '
+            'changes them. Use method="lora", or offload="activations".'
+        )
     if settings.method == "lora":
         return LoRA(config)
     if settings.shard != "none":

@@ -22,17 +22,20 @@ from torch import nn
 
 from lorasmith.bases import attention, home
 from lorasmith.inject import LoRALayer
+from lorasmith.quantised import quantisation_of
 from lorasmith.train.attention import causal_attention
-from lorasmith.train.config import KernelsName, RecomputeName
+from lorasmith.train.config import KernelsName, OffloadName, RecomputeName
 from lorasmith.train.elementwise import operations
 from lorasmith.train.fast import fast_layers
+from lorasmith.train.offload import activations_away
 from lorasmith.train.parts import repeated_layers
 from lorasmith.train.shard import is_sharded
 
 LONG_RUN_FLOPS = 2e14
 """Where compiling (some 25 s) is small beside the run: about ten minutes at 300 GFLOP/s."""
 COMPILE_LIMIT_S = 180
-KERNELS_KEPT = 64
+KERNELS_KEPT = 192
+"""More than one pass of a decoder layer needs: of fewer, each layer would throw out what the next one uses."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def computing(
     flops: float,
     warm_up: Callable[[], Any],
     keep_freed: bool = True,
+    offload: OffloadName = "none",
 ) -> Iterator[Policy]:
     """Let `model` compute by the chosen kernels inside the `with`; it is as before afterwards.
 
@@ -69,6 +73,7 @@ def computing(
         warm_up: one forward and backward pass, for what must be compiled first.
         keep_freed: freed memory stays for the next step, which is faster; else it goes back at once, as a
             budget wants it and a sharded base, whose layers come and go.
+        offload: what waits outside of memory until it is used; weights do so already (`layers_away`).
     """
     with ExitStack() as stack:
         stack.callback(_manage_heap(keep_freed=keep_freed))
@@ -96,6 +101,8 @@ def computing(
             said = "not asked, or the run is short"
             if wanted and is_sharded(model):
                 said = "compiled layers need their weights whole, and the base is sharded"
+            elif wanted and quantisation_of(model):
+                said = "compiled layers need weights, and the base is quantised"
             elif wanted:
                 said = stack.enter_context(_compiled(model, warm_up))
             chosen = "inductor" if said == "" else "plain"
@@ -107,6 +114,18 @@ def computing(
             what = "gate and up" if (recompute, chosen) == ("mlp", "block") else "each decoder layer"
             what += f" of the block's, the {others} other layers keep everything" if others > 0 else ""
             lines.append(f"recompute: {what}, again in the backward pass")
+        if offload in ("weights", "all"):
+            frozen = [
+                p for layer in repeated_layers(model) for p in layer.parameters() if not p.requires_grad
+            ]
+            size = sum(p.nbytes for p in frozen)
+            lines.append(
+                f"offload: {size / 2**30:.2f} GiB of weights, read from the base's file layer by layer"
+            )
+        if offload in ("activations", "all"):
+            file = stack.enter_context(activations_away(model))
+            place = "the machine's memory" if file is None else f"a file in {file.folder}"
+            lines.append(f"offload: activations wait in {place}")
         yield Policy(chosen, recompute, ops, tuple(lines))
 
 

@@ -33,6 +33,7 @@ from lorasmith.planning import (
     this_machine,
     trim_heap,
 )
+from lorasmith.quantised import quantisation_of
 from lorasmith.train.batch import Batch, Layout
 from lorasmith.train.config import TrainConfig
 from lorasmith.train.elementwise import operations
@@ -97,7 +98,10 @@ def preflight(run: Run, before: Mapping[str, Any] | None = None) -> Preflight:
         )
     # By now every weight was touched once, so what is resident is them and the runtime.
     trim_heap()
-    runtime = max(FLOOR_BYTES, resident_bytes() - sum(map(local_bytes, run.model.parameters())))
+    packed = quantisation_of(run.model)
+    held = sum(map(local_bytes, run.model.parameters())) + (packed.stored_bytes if packed else 0)
+    held = held if settled.keeps_weights else 0  # layers left as soon as they had computed
+    runtime = max(FLOOR_BYTES, resident_bytes() - held)
     on_cpu = next(run.model.parameters()).device.type == "cpu"
     machine = replace(this_machine(None, processes=run.world.local_size), is_cuda=not on_cpu)
     limit = machine if budget is None else replace(machine, name="the budget", memory_bytes=budget)
@@ -130,6 +134,7 @@ def _job(run: Run, settings: TrainConfig) -> Job:
         computing=computing, keeps_best=run.sets.evaluation is not None,
         gives_back=settings.budget_bytes is not None,
         sharded_over=run.world.size if run.world.is_sharded else 1,
+        keeps_weights=settings.keeps_weights,
     )  # fmt: skip
 
 
@@ -162,6 +167,7 @@ def computing_of(model: nn.Module, settings: TrainConfig, dtype: torch.dtype) ->
         is_tiled=device.type == "cpu",
         is_in_place=operations(dtype, device).name == "C",
         recompute="none" if settings.recompute == "auto" else settings.recompute,
+        keeps_activations=settings.keeps_activations,
     )
 
 

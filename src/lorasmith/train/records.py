@@ -17,7 +17,7 @@ from lorasmith.train.show import peak_rss_bytes
 if TYPE_CHECKING:
     from lorasmith.train.loop import Run
 
-CHANGES_NOTHING = ("save_every", "budget_bytes", "shard")
+CHANGES_NOTHING = ("save_every", "budget_bytes", "offload", "shard")
 """Settings that a resumed run may change."""
 
 

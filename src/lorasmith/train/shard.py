@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorasmith.errors import ConfigError
+from lorasmith.native import forget_pages, is_mapped, mapped_files
 from lorasmith.train.parts import repeated_layers
 from lorasmith.train.world import World
 
@@ -45,8 +46,13 @@ def shard_base(model: nn.Module, world: World) -> str:
     whole = sum(p.numel() for p in model.parameters())
     mesh = init_device_mesh(world.device.type, (world.size,))
     stays = {p for p in model.parameters() if p.requires_grad}
+    files = mapped_files()
     for module in [*layers, *_input_embeddings(model)]:
+        pages = [(p.data_ptr(), p.nbytes) for p in module.parameters() if p not in stays]
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=stays)
+        for place in pages:  # this process's part is a copy; the file's pages, read for it, would stay too
+            if is_mapped(*place, files):
+                forget_pages(*place)
     stays |= {p for p in model.parameters() if not _is_part(p)}
     fully_shard(_body(model), mesh=mesh, reshard_after_forward=True, ignored_params=stays)
     model.to(world.device)

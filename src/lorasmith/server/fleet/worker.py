@@ -43,6 +43,7 @@ class WorkerSpec:
     store: str
     config: ServerConfig
     options: dict[str, Any] = field(default_factory=dict)
+    quantize: str | None = None
 
     def to_json(self) -> str:
         """On one line."""
@@ -56,7 +57,7 @@ class WorkerSpec:
 
     def gateway(self) -> Gateway:
         """Load the base and what aliases point to."""
-        base = load_base(self.base, dtype=self.dtype)
+        base = load_base(self.base, dtype=self.dtype, quantize=self.quantize)
         store = Store(self.store, actor="serve")
         reference = Engine(base, **self.options, prefix_cache_bytes=0) if self.config.shadow_share else None
         gateway = Gateway(base, Engine(base, **self.options), store, self.config, reference=reference)

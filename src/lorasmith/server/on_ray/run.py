@@ -137,7 +137,7 @@ def application(settings: Mapping[str, Any]) -> Any:
     """For `serve deploy`: `import_path: lorasmith.server.on_ray:application`.
 
     Args:
-        settings: `base` and `store`, which every node must see; if wanted `keys` (a file), `dtype`, `workers`,
+        settings: `base` and `store`, which every node must see; if wanted `keys` (a file), `dtype`, `quantize`, `workers`,
             `max_workers`, `config` (fields of `ServerConfig`) and `options` (of `Engine`).
     """
     base = str(settings["base"])
@@ -145,7 +145,12 @@ def application(settings: Mapping[str, Any]) -> Any:
         **{"base_id": os.path.basename(base), "playground": False} | settings.get("config", {})
     )
     spec = WorkerSpec(
-        base, settings.get("dtype", "auto"), settings["store"], config, settings.get("options", {})
+        base,
+        settings.get("dtype", "auto"),
+        settings["store"],
+        config,
+        settings.get("options", {}),
+        settings.get("quantize"),
     )
     keys = read_keys(settings["keys"]) if settings.get("keys") else Keys()
     return make(
