@@ -169,11 +169,7 @@ def _serve_fleet(spec: WorkerSpec, workers: int, most: int | None, **where: Any)
     where["facts"] = base_facts(spec.base, quantize=spec.quantize, allow_mismatch=mismatch)
     where["on_start"] = lambda url: _say_where(url, False)
     say(f"starting {workers} workers")
-    if most is None:
-        return run_fleet(spec, workers, **where)
-    from lorasmith.server.on_ray import run_on_ray
-
-    run_on_ray(spec, workers, most=most, **where)
+    run_fleet(spec, workers, on_ray=most, **where)
 
 
 def _add(store: Store, base: str, pairs: list[str], quantize: str | None, allow_base_mismatch: bool) -> None:

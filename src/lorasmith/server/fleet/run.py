@@ -24,12 +24,30 @@ def run_fleet(
     host: str,
     port: int,
     insecure: bool = False,
+    on_ray: int | None = None,
     on_start: Callable[[str], None] = print,
 ) -> None:
     """Serve with `count` workers until SIGTERM or SIGINT; then drain. A second signal stops at once.
 
     The address answers once the workers are ready.
+
+    Args:
+        on_ray: the workers are replicas of Ray Serve, and may become so many.
     """
+    if on_ray is not None:
+        from lorasmith.server.on_ray import run_on_ray  # Ray is an extra
+
+        return run_on_ray(
+            spec,
+            count,
+            most=on_ray,
+            keys=keys,
+            facts=facts,
+            host=host,
+            port=port,
+            insecure=insecure,
+            on_start=on_start,
+        )
     local_only = check_exposure(host, keys, insecure=insecure) and keys.is_open
     ingress = make_ingress(spec, count, keys=keys, facts=facts)
     app = create_fleet_app(ingress, local_only=local_only)
