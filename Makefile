@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo pixels test test-slow test-browser check docs clean
+.PHONY: venv demo pixels test test-slow test-browser test-ray check docs clean
 venv: $(STAMP)
 
 # A pinned torch comes as a CPU build; an unpinned one may pull several GB of CUDA.
@@ -38,6 +38,17 @@ $(BROWSER_STAMP): $(STAMP)
 test-browser: $(BROWSER_STAMP)
 	$(BIN)/pytest -m "browser" tests/browser
 
+# Ray in an environment of its own: it brings uvloop, and the others are tested as users have them.
+RAY_VENV := .venv-ray
+RAY_STAMP := $(RAY_VENV)/.installed
+$(RAY_STAMP): pyproject.toml constraints.txt
+	test -x $(RAY_VENV)/bin/python || $(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,ray]"
+	touch $@
+
+test-ray: $(RAY_STAMP)
+	$(RAY_VENV)/bin/pytest -m "ray" tests/on_ray
+
 check: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
@@ -54,4 +65,4 @@ docs: $(DOCS_STAMP)
 	PYTHONPATH=src NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(RAY_VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -245,10 +245,12 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 @contextlib.contextmanager
-def ours(folder: Path, count: int, adapter_memory: str | None = None) -> Iterator[tuple[str, list[Fields]]]:
+def ours(
+    folder: Path, count: int, adapter_memory: str | None = None, options: Sequence[object] = ()
+) -> Iterator[tuple[str, list[Fields]]]:
     """`lorasmith serve` with so many adapters, and the fields that ask for each."""
     command = [sys.executable, "-c", "from lorasmith.cli import main; main()", "serve", "--base", BASE]
-    command += ["--store", folder / f"store-{count}"]
+    command += ["--store", folder / f"store-{count}", *options]
     if adapter_memory:
         command += ["--adapter-memory", adapter_memory]
     if not (folder / f"store-{count}").exists():

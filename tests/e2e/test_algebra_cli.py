@@ -218,6 +218,7 @@ def test_export_to_each_and_back_from_mlx(place, tmp_path):
         assert {f.rpartition("/")[2] for f in result["files"]} == files
         assert result["verdicts"].keys() == {"peft", "vllm", "sglang", "llama.cpp", "mlx"}
         assert all(v["reason"] for v in result["verdicts"].values())
+        assert (result["launch"] is not None) == (target in ("peft", "portable"))
     assert read_adapter(tmp_path / "peft").digest == a.digest
     assert all(f.scaling == 1 for f in read_adapter(tmp_path / "portable").factors.values())
     answer("export", tmp_path / "mlx", "--to", "peft", "--out", tmp_path / "back", "--base", place / "base")
@@ -228,6 +229,9 @@ def test_export_to_each_and_back_from_mlx(place, tmp_path):
     assert note["provenance"]["made_by"]["from"][0]["digest"] == a.digest
     text = run("export", place / "a", "--to", "portable", "--out", tmp_path / "said")
     assert "scaling folded into B exactly" in text.stdout
+    launch = text.stdout.rstrip().rpartition("\n")[2].split()
+    assert launch[:3] == ["vllm", "serve", str(place / "base")]
+    assert f"said={tmp_path / 'said'}" in launch
 
 
 def test_dora_is_exported_as_plain_lora_with_its_residual(place, tmp_path):

@@ -174,6 +174,9 @@ def test_keys_guard_a_real_server(place, tmp_path):
         (("--adapters", "red=/nowhere"), "does not exist"),
         (("--keys", "/nowhere.toml"), "cannot be read"),
         (("--adapter-memory", "lots"), "given as a size"),
+        (("--engine", "rya"), 'Did you mean "ray"'),
+        (("--max-workers", "3"), "is for --engine ray"),
+        (("--engine", "ray", "--workers", "3", "--max-workers", "2"), "is less than --workers 3"),
     ],
 )
 def test_bad_input_exits_with_2(place, options, message, tmp_path):

@@ -21,8 +21,8 @@ from lorasmith.engine import engine as engine_module
 from lorasmith.errors import AdapterFileError, LoraSmithError, UnknownAdapterError
 from lorasmith.formats import read_adapter
 from lorasmith.server import Gateway, create_app
-from lorasmith.server.adapters import Resolved
 from lorasmith.server.admin import base_facts
+from lorasmith.server.names import Resolved
 from tests.support.base import write_tiny_base
 from tests.support.server import BASE_ID, make_gateway, make_keys
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lorasmith.formats import (
     read_adapter,
     read_header,
     read_mlx,
+    vllm_launch,
     write_adapter,
     write_gguf,
     write_mlx,
@@ -390,3 +392,20 @@ def test_gguf_refuses_what_llama_cpp_has_no_place_for(tmp_path, change, path, sa
     with pytest.raises(AdapterFileError, match=re.escape(said)):
         write_gguf(adapter, tmp_path / "out", LLAMA | change)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "allowed"),
+    [(1, 1), (2, 8), (8, 8), (9, 16), (16, 16), (17, 32), (200, 256), (300, 320), (512, 512)],
+)
+def test_the_line_for_vllm_has_the_smallest_rank_that_it_takes(tmp_path, rank, allowed):
+    """The ranks are the choices of --max-lora-rank in vLLM's own documentation (`MaxLoRARanks`)."""
+    shapes = dict.fromkeys(SHAPES, (rank, rank))
+    write_adapter(make_adapter(LoRAConfig(rank=rank, alpha=rank), shapes=shapes), tmp_path / "my out")
+    header = read_header(tmp_path / "my out")
+    line = vllm_launch(header, base="org/base", name="it", path=str(tmp_path / "my out"))
+    words = shlex.split(line)
+    assert words[:4] == ["vllm", "serve", "org/base", "--enable-lora"]
+    assert dict(zip(words[4::2], words[5::2], strict=True)) == {
+        "--max-loras": "1", "--max-lora-rank": f"{allowed}", "--lora-modules": f"it={tmp_path / 'my out'}",
+    }  # fmt: skip

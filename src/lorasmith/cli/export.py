@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,11 +60,12 @@ def export(
         plain, provenance=source.provenance | derived_from("export", {str(adapter): source}, {"to": to})
     )
     verdicts, note = _write(ready, to, out, directory)
+    launch = _launch(source, out, base or directory, verdicts) if to in ("peft", "portable") else None
     files = sorted(str(file) for file in out.iterdir())
     result = {
         "files": files,
         "verdicts": {name: asdict(verdict) for name, verdict in verdicts.items()},
-        "scaling": note, "dora_residual": residual, "out": str(out),
+        "scaling": note, "dora_residual": residual, "launch": launch, "out": str(out),
     }  # fmt: skip
     if as_json:
         print_json(result)
@@ -74,6 +76,8 @@ def export(
         )
     print(f"{out}: {', '.join(Path(file).name for file in files)}; {note}")
     print(described((name, ("yes  " if v.ok else "no   ") + v.reason) for name, v in verdicts.items()))
+    if launch is not None:
+        print(f"vLLM serves it as {out.resolve().name}:\n  {launch}")
 
 
 def _as_plain(adapter: Adapter, directory: Path | None, rank: int | None) -> tuple[Adapter, float]:
@@ -106,6 +110,28 @@ def _write(adapter: Adapter, to: str, out: Path, directory: Path | None) -> tupl
     return formats.judge_peft(formats.read_header(out)), _folding(folded)
 
 
+def _launch(adapter: Adapter, out: Path, base: str | Path | None, verdicts: dict[str, Verdict]) -> str | None:
+    """The command for vLLM; None where it would not apply the adapter as trained."""
+    from lorasmith.bases import BUILTINS, builtin_directory
+    from lorasmith.formats import read_header, vllm_launch
+
+    if not verdicts["vllm"].ok:
+        return None
+    place = str(base or _named_base(adapter) or "BASE")
+    if place in BUILTINS:
+        with suppress(BaseNotFoundError, OutputError):  # its name tells as much where it cannot be had now
+            place = str(builtin_directory(place))
+    elif Path(place).is_dir():
+        place = str(Path(place).resolve())
+    path = out.resolve()
+    return vllm_launch(read_header(out), base=place, name=path.name, path=str(path))
+
+
+def _named_base(adapter: Adapter) -> str | None:
+    named = adapter.provenance.get("base_name") or adapter.provenance.get("base", {}).get("name")
+    return named if isinstance(named, str) else None
+
+
 def _folding(folded: Any) -> str:
     rank = next(iter(folded.adapter.factors.values())).rank
     how = (
@@ -122,8 +148,8 @@ def _base_directory(adapter: Adapter, base: str | None, *, is_needed: bool) -> P
         return base_directory(base)
     if not is_needed:
         return None
-    named = adapter.provenance.get("base_name") or adapter.provenance.get("base", {}).get("name")
-    if not isinstance(named, str):
+    named = _named_base(adapter)
+    if named is None:
         raise ConfigError("This needs the base (gguf its config, DoRA its weights): give it with --base.")
     try:
         return base_directory(named)

@@ -13,7 +13,7 @@ from lorasmith.formats.peft_dir import read_adapter, read_with_digest, write_ada
 from lorasmith.formats.peft_modules import ModuleHeader
 from lorasmith.formats.portable import Folded, make_portable
 from lorasmith.formats.publish import publish_directory
-from lorasmith.formats.runtimes import RUNTIMES, Verdict, judge_gguf, judge_mlx, judge_peft
+from lorasmith.formats.runtimes import RUNTIMES, Verdict, judge_gguf, judge_mlx, judge_peft, vllm_launch
 
 __all__ = [
     "FILE_NAMES",
@@ -41,6 +41,7 @@ __all__ = [
     "read_mlx",
     "read_tensors",
     "read_with_digest",
+    "vllm_launch",
     "write_adapter",
     "write_gguf",
     "write_mlx",

@@ -8,6 +8,7 @@ The rules were read from the runtimes' sources in 2026-11: PEFT 0.21.2 (`LoraLay
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -45,6 +46,18 @@ def judge_peft(header: AdapterHeader) -> dict[str, Verdict]:
     }
 
 
+def vllm_launch(header: AdapterHeader, *, base: str, name: str, path: str) -> str:
+    """The command that lets vLLM serve a PEFT directory that its verdict accepts, for a shell.
+
+    Args:
+        base: a hub id or a directory. name: what requests will give as `model`.
+    """
+    rank = _vllm_rank(max(m.rank for m in header.modules.values()))
+    options = {"--max-loras": "1", "--max-lora-rank": f"{rank}", "--lora-modules": f"{name}={path}"}
+    words = ["vllm", "serve", base, "--enable-lora", *(word for pair in options.items() for word in pair)]
+    return shlex.join(words)
+
+
 def judge_mlx() -> dict[str, Verdict]:
     """Verdict by runtime on an MLX directory."""
     reason = "one scale for all layers, factors transposed, as mlx_lm's load_adapters wants them"
@@ -68,9 +81,14 @@ def _vllm(header: AdapterHeader) -> Verdict:
     scalings = dict.fromkeys(header.modules, header.config.alpha / divisor)
     if wrong := _wrong(header, scalings):
         return Verdict(False, f"ignores rank_pattern and alpha_pattern, {wrong}")
-    needed = next(r for r in _VLLM_RANKS if r >= rank)
+    needed = _vllm_rank(rank)
     hint = f"; start it with --max-lora-rank {needed}" if needed > _VLLM_DEFAULT_RANK else ""
     return Verdict(True, f"computes the scaling from r and lora_alpha, as trained{hint}")
+
+
+def _vllm_rank(rank: int) -> int:
+    """The smallest --max-lora-rank that vLLM takes and that holds the adapter."""
+    return next(r for r in _VLLM_RANKS if r >= rank)
 
 
 def _sglang(header: AdapterHeader) -> Verdict:

@@ -9,7 +9,6 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from lorasmith.bases import Fingerprint, match_base
@@ -17,36 +16,15 @@ from lorasmith.engine import Engine
 from lorasmith.errors import (
     AdapterFileError,
     BaseMismatchError,
-    ConfigError,
     LoraSmithError,
     UnknownAdapterError,
 )
-from lorasmith.server.keys import Tenant
-from lorasmith.store import Lease, Store, Version
+from lorasmith.server.names import Names, plain
+from lorasmith.store import Lease, Store
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """What answers a request. `digest` is None for the plain base.
-
-    Attributes:
-        asked: the name by which the tenant asked, without a version.
-    """
-
-    asked: str
-    name: str
-    version: int | None
-    digest: str | None
-    base: dict[str, Any] | None = None
-
-    @property
-    def model(self) -> str:
-        """`name@version`, or the base's name."""
-        return self.name if self.version is None else f"{self.name}@{self.version}"
-
-
-class Adapters:
-    """Thread-safe.
+class Adapters(Names):
+    """Names, and what they mean in the engine. Thread-safe.
 
     Args:
         fingerprint: of the base; None where it came from no directory, and then nothing can be compared.
@@ -62,9 +40,8 @@ class Adapters:
         allow_base_mismatch: bool,
         max_adapters: int,
     ) -> None:
+        super().__init__(store, base_id=base_id)
         self._engine = engine
-        self.store = store
-        self.base_id = base_id
         self._fingerprint = fingerprint
         self._allow_base_mismatch = allow_base_mismatch
         self._max_adapters = max_adapters
@@ -72,44 +49,6 @@ class Adapters:
         self._loading: dict[str, threading.Lock] = {}
         self._loaded: OrderedDict[str, Lease] = OrderedDict()
         self._holds: Counter[str] = Counter()
-        self._withdrawn: set[str] = set()
-
-    def resolve(self, model: str, tenant: Tenant, *, key: str = "") -> Resolved:
-        """What `model` means to this tenant. What it may not use does not exist for it.
-
-        Raises:
-            UnknownAdapterError: nothing, so never the base.
-        """
-        if model == self.base_id:
-            if self.store.find_alias(model) is not None:
-                raise ConfigError(f'"{model}" is the base and also an alias; rename the alias')
-            if tenant.may_use(model):
-                return Resolved(model, model, None, None)
-        else:
-            version = self._find(model, tenant, key)
-            if version is not None and version.digest not in self._withdrawn:
-                asked = model.partition("@")[0]
-                return Resolved(asked, version.name, version.version, version.digest, _plain(version.base))
-        # The store's own message would suggest other tenants' names.
-        raise UnknownAdapterError(f'the model "{model[:160]}" does not exist, or this key may not use it')
-
-    def models(self, tenant: Tenant) -> list[dict[str, Any]]:
-        """Entries of /v1/models: the base, and every alias that this tenant may use."""
-        entries = [_entry(self.base_id, None)] if tenant.may_use(self.base_id) else []
-        aliases = self.store.aliases()  # first: whatever they point to is among the versions, or gone
-        versions = {(v.name, v.version): v for v in self.store.versions()}
-        for alias in aliases:
-            version = versions.get((alias.name, alias.version))
-            if version is not None and tenant.may_use(alias.alias) and alias.digest not in self._withdrawn:
-                canary = alias.to_dict()["canary"]
-                about = {
-                    "digest": alias.digest,
-                    "version": alias.version,
-                    "name": alias.name,
-                    "canary": canary,
-                }
-                entries.append(_entry(alias.alias, self.base_id, int(version.added_at), about))
-        return entries
 
     def load(self, digest: str, base: dict[str, Any] | None) -> None:
         """Make the engine know this adapter. Blocks while it is read.
@@ -174,10 +113,6 @@ class Adapters:
         if lease is not None:
             lease.release()
 
-    def restore(self, digest: str) -> None:
-        """Undo an `unload`."""
-        self._withdrawn.discard(digest)
-
     @property
     def loaded(self) -> list[str]:
         """Digests that the engine knows."""
@@ -202,20 +137,10 @@ class Adapters:
         for alias in self.store.aliases()[: self._max_adapters]:
             try:
                 version = self.store.resolve(f"{alias.alias}@{alias.version}")
-                self.load(version.digest, _plain(version.base))
+                self.load(version.digest, plain(version.base))
                 report(alias.alias, None)
             except LoraSmithError as error:
                 report(alias.alias, error)
-
-    def _find(self, model: str, tenant: Tenant, key: str) -> Version | None:
-        try:
-            version = self.store.find(model, key=key)
-        except ConfigError:
-            return None
-        if version is None or version.digest != model:
-            return version if tenant.may_use(model.partition("@")[0]) else None
-        same = self.store.by_digest(model)
-        return next((v for v in same if any(map(tenant.may_use, (v.name, *v.aliases)))), None)
 
     def _read_in(self, digest: str, base: dict[str, Any] | None) -> Lease:
         self._check_base(base)
@@ -255,14 +180,3 @@ class Adapters:
         if lease is not None:
             self._engine.remove_adapter(digest)
         return lease
-
-
-def _plain(base: Any) -> dict[str, Any] | None:
-    return None if base is None else dict(base)
-
-
-def _entry(
-    name: str, parent: str | None, created: int = 0, about: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    entry = {"id": name, "object": "model", "created": created, "owned_by": "lorasmith", "parent": parent}
-    return entry | {"lorasmith": about or {"digest": None, "version": None, "name": name, "canary": None}}

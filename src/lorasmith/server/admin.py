@@ -6,19 +6,21 @@ import asyncio
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorasmith.bases import match_base, read_headers
 from lorasmith.errors import ConfigError, DeadlineError, OverloadedError, UnknownAdapterError
+from lorasmith.server.config import ServerConfig
 from lorasmith.server.gateway import Gateway
-from lorasmith.store import BaseFacts, Staged, Version
+from lorasmith.store import BaseFacts, Staged, Store, Version
 
+T = TypeVar("T")
 MAX_UPLOADS = 16
 LONGEST_UPLOAD_S = 3600.0
 MAX_VERSION = 999_999_999
@@ -82,6 +84,21 @@ class DrainBody(_Body):
     timeout_s: float | None = Field(None, ge=0, le=3600)
 
 
+class Front(Protocol):
+    """What changes the store: a gateway, or the ingress of several."""
+
+    @property
+    def store(self) -> Store:
+        """The registry."""
+
+    @property
+    def config(self) -> ServerConfig:
+        """Limits."""
+
+    async def in_thread(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Run something that may block."""
+
+
 @dataclass(eq=False)
 class _Upload:
     """One adapter on its way in. While a file is being received, nobody may take it."""
@@ -95,8 +112,8 @@ class _Upload:
 class Uploads:
     """Adapters on their way in, each in a private directory of the store, under an id of ours. Thread-safe."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._lock = threading.Lock()
         self._open: dict[str, _Upload] = {}
 
@@ -107,7 +124,7 @@ class Uploads:
         with self._lock:
             if len(self._open) >= MAX_UPLOADS:
                 raise OverloadedError(f"{MAX_UPLOADS} uploads are open; finish or drop one", 60)
-            staged = stack.enter_context(self._gateway.store.stage())
+            staged = stack.enter_context(self._store.stage())
             self._open[upload] = _Upload(stack, staged, time.monotonic())
         return upload
 
@@ -166,16 +183,15 @@ class Uploads:
 def routes(gateway: Gateway, uploads: Uploads) -> APIRouter:
     """The router, around a gateway."""
     router = APIRouter(prefix="/admin")
-    _add_reading(router, gateway)
+    _add_status(router, gateway)
+    add_reading(router, gateway)
     _add_serving(router, gateway)
-    _add_aliases(router, gateway)
-    _add_uploads(router, gateway, uploads)
+    add_aliases(router, gateway)
+    add_uploads(router, gateway, uploads, lambda: base_facts(gateway))
     return router
 
 
-def _add_reading(router: APIRouter, gateway: Gateway) -> None:
-    store, run = gateway.store, gateway.in_thread
-
+def _add_status(router: APIRouter, gateway: Gateway) -> None:
     @router.get("/status")
     async def status() -> dict[str, Any]:
         return {
@@ -185,6 +201,11 @@ def _add_reading(router: APIRouter, gateway: Gateway) -> None:
             "running_rows": gateway.queue.running_rows, "waiting": gateway.queue.waiting,
             "isolation_mismatches": gateway.mismatches, "engine_restarts": gateway.engine.restarts,
         }  # fmt: skip
+
+
+def add_reading(router: APIRouter, front: Front) -> None:
+    """What the store holds, and who changed it."""
+    store, run = front.store, front.in_thread
 
     @router.get("/adapters")
     async def listed() -> dict[str, Any]:
@@ -224,12 +245,13 @@ def _add_serving(router: APIRouter, gateway: Gateway) -> None:
         return {"draining": True, "running_rows": gateway.queue.running_rows}
 
 
-def _add_aliases(router: APIRouter, gateway: Gateway) -> None:
-    store, run = gateway.store, gateway.in_thread
+def add_aliases(router: APIRouter, front: Front) -> None:
+    """What names mean."""
+    store, run = front.store, front.in_thread
 
     @router.post("/alias")
     async def alias(body: AliasBody) -> dict[str, Any]:
-        _refuse_base_name(gateway, body.alias)
+        _refuse_base_name(front, body.alias)
         return (await run(store.set_alias, body.alias, body.model)).to_dict()
 
     @router.post("/canary")
@@ -241,8 +263,11 @@ def _add_aliases(router: APIRouter, gateway: Gateway) -> None:
         return (await run(store.rollback, body.alias)).to_dict()
 
 
-def _add_uploads(router: APIRouter, gateway: Gateway, uploads: Uploads) -> None:
-    run = gateway.in_thread
+def add_uploads(
+    router: APIRouter, front: Front, uploads: Uploads, facts: Callable[[], BaseFacts | None]
+) -> None:
+    """Adapters that come in."""
+    run = front.in_thread
 
     @router.post("/uploads")
     async def begin() -> dict[str, Any]:
@@ -251,7 +276,7 @@ def _add_uploads(router: APIRouter, gateway: Gateway, uploads: Uploads) -> None:
     @router.put("/uploads/{upload}/{file}", openapi_extra=FILE_BODY)
     async def put(upload: str, file: str, request: Request) -> dict[str, Any]:
         with uploads.receiving(upload) as staged:
-            size = await _receive_file(gateway, staged, file, request.stream())
+            size = await _receive_file(front, staged, file, request.stream())
         return {"upload": upload, "file": file, "bytes": size}
 
     @router.delete("/uploads/{upload}")
@@ -261,13 +286,13 @@ def _add_uploads(router: APIRouter, gateway: Gateway, uploads: Uploads) -> None:
 
     @router.post("/adapters")
     async def add(body: AddBody) -> dict[str, Any]:
-        return (await run(_add, gateway, uploads, body)).to_dict()
+        return (await run(_add, front, uploads, body, facts)).to_dict()
 
 
-def _add(gateway: Gateway, uploads: Uploads, body: AddBody) -> Version:
+def _add(front: Front, uploads: Uploads, body: AddBody, facts: Callable[[], BaseFacts | None]) -> Version:
     with uploads.taken(body.upload) as staged:
-        _refuse_base_name(gateway, body.name)
-        return gateway.store.add_staged(body.name, staged, base=base_facts(gateway), promote=body.promote)
+        _refuse_base_name(front, body.name)
+        return front.store.add_staged(body.name, staged, base=facts(), promote=body.promote)
 
 
 def base_facts(gateway: Gateway) -> BaseFacts | None:
@@ -281,12 +306,12 @@ def base_facts(gateway: Gateway) -> BaseFacts | None:
     return BaseFacts(gateway.config.base_id, shapes, lambda p: match_base(p, base.fingerprint))
 
 
-def _refuse_base_name(gateway: Gateway, name: str) -> None:
-    if name == gateway.config.base_id:
+def _refuse_base_name(front: Front, name: str) -> None:
+    if name == front.config.base_id:
         raise ConfigError(f'"{name}" is what the base is called here; choose another name')
 
 
-async def _receive_file(gateway: Gateway, staged: Staged, name: str, body: AsyncIterator[bytes]) -> int:
+async def _receive_file(front: Front, staged: Staged, name: str, body: AsyncIterator[bytes]) -> int:
     """From the socket to the disk, a piece at a time, through a short queue and a thread of its own."""
     pieces: asyncio.Queue[bytes | None] = asyncio.Queue(8)
     loop = asyncio.get_running_loop()
@@ -295,11 +320,11 @@ async def _receive_file(gateway: Gateway, staged: Staged, name: str, body: Async
         while (piece := asyncio.run_coroutine_threadsafe(pieces.get(), loop).result()) is not None:
             yield piece
 
-    limit = gateway.config.max_upload_bytes
+    limit = front.config.max_upload_bytes
     writing = asyncio.ensure_future(asyncio.to_thread(staged.write, name, taken(), max_bytes=limit))
     try:
         while not writing.done():
-            async with asyncio.timeout(gateway.config.body_timeout_s):
+            async with asyncio.timeout(front.config.body_timeout_s):
                 piece = await anext(body, None)
             putting = asyncio.ensure_future(pieces.put(piece))
             await asyncio.wait({putting, writing}, return_when=asyncio.FIRST_COMPLETED)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasmith.engine import Result
-from lorasmith.server.adapters import Resolved
+from lorasmith.server.names import Resolved
 
 
 @dataclass(frozen=True)

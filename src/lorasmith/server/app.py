@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -44,7 +44,15 @@ KEY = [Security(HTTPBearer(auto_error=False, description="where keys are set"))]
 
 def create_app(gateway: Gateway, *, local_only: bool = False) -> App:
     """The application around a gateway; it starts and stops the gateway with itself."""
-    uploads = admin.Uploads(gateway)
+    public: Collection[str] = page.PUBLIC if gateway.config.playground else ()
+    return Guard(
+        create_api(gateway), keys=gateway.keys, config=gateway.config, local_only=local_only, public=public
+    )
+
+
+def create_api(gateway: Gateway) -> FastAPI:
+    """The routes, without their guard."""
+    uploads = admin.Uploads(gateway.store)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -57,13 +65,11 @@ def create_app(gateway: Gateway, *, local_only: bool = False) -> App:
     app = FastAPI(title="lorasmith", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.include_router(completions.routes(gateway), dependencies=KEY)
     app.include_router(admin.routes(gateway, uploads), dependencies=KEY)
-    public: Collection[str] = ()
     if gateway.config.playground:
         app.include_router(page.routes(gateway), dependencies=KEY)
-        public = page.PUBLIC
     _add_probes(app, gateway)
-    _add_error_handlers(app, gateway)
-    return Guard(app, keys=gateway.keys, config=gateway.config, local_only=local_only, public=public)
+    add_error_handlers(app, lambda status: gateway.metrics.refused.labels(status).inc())
+    return app
 
 
 def _add_probes(app: FastAPI, gateway: Gateway) -> None:
@@ -84,16 +90,18 @@ def _add_probes(app: FastAPI, gateway: Gateway) -> None:
         return Response(await gateway.in_thread(gateway.metrics.text), media_type=CONTENT_TYPE)
 
 
-def _add_error_handlers(app: FastAPI, gateway: Gateway) -> None:
+def add_error_handlers(app: FastAPI, count: Callable[[str], None]) -> None:
+    """Answer errors as OpenAI's API does; count them by status."""
+
     @app.exception_handler(LoraSmithError)
     async def known(request: Request, error: LoraSmithError) -> Response:
-        gateway.metrics.refused.labels(str(status_of(error))).inc()
+        count(str(status_of(error)))
         body = body_of(error, request.state.request_id)
         return JSONResponse(body, status_of(error), headers_of(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        gateway.metrics.refused.labels("400").inc()
+        count("400")
         faults = [f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()[:8]]
         param = next((str(e["loc"][1]) for e in error.errors() if len(e["loc"]) > 1), None)
         body = error_body(

@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from lorasmith import engine
 from lorasmith.engine import Result, TokenEvent, encode_prompt
 from lorasmith.errors import ConfigError, DeadlineError, LoraSmithError
-from lorasmith.server.adapters import Resolved
 from lorasmith.server.answers import Receipt, Shape, as_event
 from lorasmith.server.gateway import Asked, Gateway, Running, outcome_of, seeded
 from lorasmith.server.keys import Tenant
+from lorasmith.server.names import Names, Resolved
 from lorasmith.server.protocol import ChatRequest, CompletionRequest, Settings
 from lorasmith.server.status import body_of
 
@@ -49,23 +49,27 @@ def routes(gateway: Gateway) -> APIRouter:
             gateway, request, body, body.prompts(), body.max_tokens or 16, body.logprobs is not None
         )
 
+    add_models(router, gateway.adapters, gateway.in_thread)
+    return router
+
+
+def add_models(router: APIRouter, names: Names, in_thread: Callable[..., Awaitable[Any]]) -> None:
+    """What may be asked."""
+
     @router.get("/models")
     async def models(request: Request) -> dict[str, Any]:
-        found = await gateway.in_thread(gateway.adapters.models, _tenant(request))
+        found = await in_thread(names.models, tenant_of(request))
         return {"object": "list", "data": found}
 
     @router.get("/models/{model:path}")
     async def model(model: str, request: Request) -> dict[str, Any]:
-        tenant = _tenant(request)
-        resolved = await gateway.in_thread(gateway.adapters.resolve, model, tenant)
+        resolved = await in_thread(names.resolve, model, tenant_of(request))
         about = {"digest": resolved.digest, "version": resolved.version, "name": resolved.name}
-        parent = gateway.config.base_id if resolved.digest else None
+        parent = names.base_id if resolved.digest else None
         return {
             "id": model, "object": "model", "created": 0, "owned_by": "lorasmith", "parent": parent,
             "lorasmith": about,
         }  # fmt: skip
-
-    return router
 
 
 async def _answer(
@@ -76,10 +80,12 @@ async def _answer(
     limit: int | None,
     logprobs: bool,
 ) -> Response:
-    tenant, request_id = _tenant(request), request.state.request_id
+    tenant, request_id = tenant_of(request), request.state.request_id
     _refuse_many(gateway, len(prompts) * (body.n or 1))
     with gateway.queue.preparing(tenant):
-        asked = await gateway.in_thread(_prepare, gateway, tenant, request_id, body, prompts, limit, logprobs)
+        asked = await gateway.in_thread(
+            _prepare, gateway, tenant, request_id, body, prompts, limit, logprobs, _resolved(request)
+        )
     request.state.log = {"model": asked.resolved.model, "digest": asked.resolved.digest}
     receipt = Receipt(asked.resolved, gateway.config.base_id, gateway.base_fingerprint)
     shape = Shape.new(
@@ -92,9 +98,9 @@ async def _answer(
     )
     try:
         if not asked.is_streamed:
-            results = await _while_connected(request, _whole(gateway, asked, request))
+            results = await while_connected(request, _whole(gateway, asked, request))
             return JSONResponse(shape.whole(results), headers=receipt.headers())
-        running = await _while_connected(request, gateway.admit(asked))
+        running = await while_connected(request, gateway.admit(asked))
     except ClientGoneError:
         return Response(status_code=499)
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -116,10 +122,11 @@ def _prepare(
     prompts: Sequence[Any],
     limit: int | None,
     logprobs: bool,
+    resolved: Resolved | None,
 ) -> Asked:
-    """Resolve the model and tokenise; in a worker thread."""
-    key = f"{tenant.name}/{body.user or request_id}"
-    resolved: Resolved = gateway.adapters.resolve(body.model, tenant, key=key)
+    """Resolve the model, unless an ingress did, and tokenise; in a worker thread."""
+    if resolved is None:
+        resolved = gateway.adapters.resolve(body.model, tenant, key=canary_key(tenant, body, request_id))
     requests = []
     for prompt in prompts:
         tokens = _tokens(gateway, prompt)
@@ -137,6 +144,15 @@ def _prepare(
             seed = None if body.seed is None else body.seed + choice
             requests.append(seeded(engine.Request(tokens, seed=seed, **common)))
     return Asked(tenant, resolved, requests, request_id, bool(body.stream))
+
+
+def canary_key(tenant: Tenant, body: Settings, request_id: str) -> str:
+    """Requests of one user of a tenant get the same side of a canary."""
+    return f"{tenant.name}/{body.user or request_id}"
+
+
+def _resolved(request: Request) -> Resolved | None:
+    return getattr(request.state, "resolved", None)
 
 
 def _tokens(gateway: Gateway, prompt: Any) -> list[int]:
@@ -205,7 +221,7 @@ class _EventStream(StreamingResponse):
             scope["state"].setdefault("log", {}).update(_log_fields(self._running))
 
 
-async def _while_connected(request: Request, work: Awaitable[T]) -> T:
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
     """Wait for `work`, unless the client leaves first; then it is cancelled."""
     task = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnect(request.receive))
@@ -246,6 +262,7 @@ def _log_fields(running: Running) -> dict[str, Any]:
     return fields
 
 
-def _tenant(request: Request) -> Tenant:
+def tenant_of(request: Request) -> Tenant:
+    """Whose request it is, as the guard found."""
     tenant: Tenant = request.state.principal.tenant
     return tenant

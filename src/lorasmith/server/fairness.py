@@ -113,6 +113,11 @@ class FairQueue:
         self._seconds_per_request += 0.1 * (took - self._seconds_per_request)
         self._let_in()
 
+    def resize(self, max_rows: int) -> None:
+        """There is more or less room from now on; who runs already stays."""
+        self.max_rows = max_rows
+        self._let_in()
+
     def _refuse_if_full(self, tenant: Tenant, line: _Line) -> None:
         mine = tenant.max_waiting or self._max_per_tenant
         if self.waiting < self._max_waiting and len(line.waiting) < mine:

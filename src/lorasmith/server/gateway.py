@@ -27,7 +27,7 @@ from lorasmith.errors import (
     UnavailableError,
 )
 from lorasmith.native import release_threads
-from lorasmith.server.adapters import Adapters, Resolved
+from lorasmith.server.adapters import Adapters
 from lorasmith.server.bridge import Answers, Bridge
 from lorasmith.server.config import ServerConfig
 from lorasmith.server.fairness import FairQueue, Ticket
@@ -35,6 +35,7 @@ from lorasmith.server.isolation import Check, Shadow
 from lorasmith.server.keys import Keys, Tenant
 from lorasmith.server.limits import Quotas
 from lorasmith.server.metrics import Metrics
+from lorasmith.server.names import Resolved
 from lorasmith.store import Store
 
 T = TypeVar("T")

@@ -17,9 +17,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 
-from lorasmith.server.adapters import Resolved
 from lorasmith.server.gateway import Gateway
 from lorasmith.server.keys import Tenant
+from lorasmith.server.names import Resolved
 
 ADDRESS = "/playground"
 FILES = {

@@ -10,12 +10,15 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 
 from lorasmith.errors import ConfigError, OutputError
 from lorasmith.server.app import create_app
+from lorasmith.server.fairness import FairQueue
 from lorasmith.server.gateway import Gateway
+from lorasmith.server.guard import App
 from lorasmith.server.keys import Keys
 from lorasmith.server.logs import log_to_stderr
 
@@ -47,6 +50,13 @@ def check_address(host: str, port: int) -> None:
     _bind(host, port).close()
 
 
+def free_port(host: str) -> int:
+    """One that nobody listens on now; for servers that cannot choose one themselves."""
+    with _bind(host, 0) as bound:
+        port: int = bound.getsockname()[1]
+        return port
+
+
 def run(
     gateway: Gateway, *, host: str, port: int, insecure: bool = False, on_start: Callable[[str], None] = print
 ) -> None:
@@ -57,12 +67,35 @@ def run(
         OutputError: the address cannot be used.
     """
     local_only = check_exposure(host, gateway.keys, insecure=insecure) and gateway.keys.is_open
-    log_to_stderr()
-    _raise_file_limit()
+    run_app(create_app(gateway, local_only=local_only), gateway, host=host, port=port, on_start=on_start)
+
+
+class Drainable(Protocol):
+    """What a signal ends."""
+
+    is_draining: bool
+
+    @property
+    def queue(self) -> FairQueue:
+        """Who runs and waits."""
+
+    async def drain(self) -> None:
+        """Let in nobody new, and wait for who runs."""
+
+
+def run_app(app: App, front: Drainable, *, host: str, port: int, on_start: Callable[[str], None]) -> None:
+    """Serve any application as `run` does."""
     bound = _bind(host, port)
     address = f"[{host}]" if ":" in host else host
+    run_on(bound, app, front, on_start=lambda: on_start(f"http://{address}:{bound.getsockname()[1]}"))
+
+
+def run_on(bound: socket.socket, app: App, front: Drainable, *, on_start: Callable[[], None]) -> None:
+    """Serve on a socket that is bound already."""
+    log_to_stderr()
+    _raise_file_limit()
     config = uvicorn.Config(
-        create_app(gateway, local_only=local_only),
+        app,
         log_config=None,
         access_log=False,
         lifespan="on",
@@ -72,16 +105,15 @@ def run(
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=5,
     )
-    server = _Server(config, gateway, lambda: on_start(f"http://{address}:{bound.getsockname()[1]}"))
-    server.run(sockets=[bound])
+    _Server(config, front, on_start).run(sockets=[bound])
 
 
 class _Server(uvicorn.Server):
     """Drains before it closes anything."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, on_start: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, front: Drainable, on_start: Callable[[], None]) -> None:
         super().__init__(config)
-        self._gateway = gateway
+        self._front = front
         self._on_start = on_start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -95,18 +127,18 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the next one stops."""
-        if self._loop is None or self._gateway.is_draining:
+        if self._loop is None or self._front.is_draining:
             super().handle_exit(sig, frame)
             return
-        self._gateway.is_draining = True
+        self._front.is_draining = True
         self._loop.call_soon_threadsafe(self._begin_draining)
 
     def _begin_draining(self) -> None:
         self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
-        log.info("draining", extra={"fields": {"running_rows": self._gateway.queue.running_rows}})
-        await self._gateway.drain()
+        log.info("draining", extra={"fields": {"running_rows": self._front.queue.running_rows}})
+        await self._front.drain()
         self.should_exit = True
 
 
