@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -87,16 +88,21 @@ class Storm:
         self.faults: list[str] = []
         self.seconds: list[float] = []
 
-    async def run(self, requests: int) -> None:
-        """Until so many requests have their whole answer, or can get none."""
+    async def run(self, requests: int, kills: int = 0) -> None:
+        """Until so many requests have their whole answer, or can get none, and so many SIGKILLs were sent."""
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=self._url, timeout=ASK_S, limits=limits) as self._client:
-            left = iter(range(requests))
+            left = itertools.takewhile(lambda k: k < requests or self.kills < kills, itertools.count())
             enemy = asyncio.create_task(self._kill_for_ever())
             await asyncio.gather(*(self._client_of(left) for _ in range(CLIENTS)))
             enemy.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await enemy
+
+    @property
+    def kills(self) -> int:
+        """SIGKILLs that were sent."""
+        return self.count["killed: one"] + self.count["killed: all"]
 
     async def replicas(self) -> list[dict[str, Any]]:
         """As the server sees them."""
@@ -197,7 +203,7 @@ def served(place: Path, *options: object) -> Any:
         server.stop()
 
 
-def run(requests: int, every_s: float, *options: object) -> tuple[Storm, float]:
+def run(requests: int, every_s: float, *options: object, kills: int = 0) -> tuple[Storm, float]:
     """The storm, and the seconds that it took."""
     with tempfile.TemporaryDirectory() as name:
         place = write_place(Path(name), ADAPTERS)
@@ -208,7 +214,7 @@ def run(requests: int, every_s: float, *options: object) -> tuple[Storm, float]:
         with served(place, *options) as server:
             storm = Storm(server.url, wanted, every_s=every_s)
             began = time.monotonic()
-            asyncio.run(storm.run(requests))
+            asyncio.run(storm.run(requests, kills))
             seconds = time.monotonic() - began
             text = httpx.get(f"{server.url}/metrics", headers=bearer(BOSS)).text
     for line in text.splitlines():

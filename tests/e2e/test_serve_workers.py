@@ -180,8 +180,9 @@ def test_keys_quotas_and_aliases_are_decided_once_for_all(served):
 
 def test_no_answer_is_wrong_and_none_is_lost_while_workers_are_killed():
     """The short form of benchmarks/fleet_kills.py, which asks 10,000 times."""
-    storm, _ = load_storm().run(150, 2.0, "--workers", 2)
+    storm, _ = load_storm().run(150, 1.0, "--workers", 2, kills=1)
     assert storm.faults == []
-    assert (storm.count["right"], storm.count["wrong"], storm.count["lost"]) == (150, 0, 0)
-    assert sum(n for what, n in storm.count.items() if what.startswith("killed")) >= 1
-    assert storm.count["lorasmith_fleet_retries_total"] >= 1
+    assert storm.count["right"] >= 150
+    assert (storm.count["wrong"], storm.count["lost"]) == (0, 0)
+    assert storm.kills >= 1
+    assert storm.count["lorasmith_fleet_retries_total"] + storm.count["asked again by the client"] >= 1
