@@ -15,12 +15,14 @@ import typer
 from typer.testing import CliRunner
 
 import lorasmith as ls
+from lorasmith.claims import rescore
 from lorasmith.cli.app import app
 from tests.support.base import write_tiny_base
 from tests.support.commands import command_lines, unknown_options
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+CLAIMS_RECORD = ROOT / "benchmarks/records/claims"
 PAGES = sorted(str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md"))
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.M | re.S)
 # Pages whose Python needs what their own test makes.
@@ -99,6 +101,20 @@ def test_the_tutorial_s_commands_work_from_first_to_last(tmp_path, monkeypatch):
 def test_copied_figures_are_the_records():
     for name in ("train_losses.png", "loss_parity.png"):
         assert (DOCS / "figures" / name).read_bytes() == (ROOT / "benchmarks/records" / name).read_bytes()
+    for name in re.findall(r"figures/(\S+\.png)", (DOCS / "paper.md").read_text()):
+        assert (DOCS / "figures" / name).read_bytes() == (CLAIMS_RECORD / "plots" / name).read_bytes()
+
+
+def test_the_verdicts_are_the_records():
+    claims = json.loads((CLAIMS_RECORD / "claims.json").read_text())["claims"]
+    shown = re.findall(r"^\| (.+?) \| .+? \| (.+?) \|$", (DOCS / "paper.md").read_text(), re.M)
+    assert dict(shown[1:]) == {claim["title"]: claim["holds"] for claim in claims}
+
+
+def test_the_records_answers_score_what_is_stored_with_them():
+    found = rescore(CLAIMS_RECORD)
+    assert len({each.file for each in found}) > 30
+    assert [each for each in found if not each.agrees] == []
 
 
 TABLE = re.compile(r"<!-- figures: (\S+) -->\n\n(.*?)\n\n", re.S)

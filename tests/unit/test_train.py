@@ -286,6 +286,18 @@ def test_metrics_hold_every_step_once_with_its_learning_rate(uninterrupted):
     assert sum(row["tokens"] for row in steps) == 6 * per_epoch
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is what getrusage says")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    held = torch.ones(400 * 2**20 // 4)  # 400 MB that this process holds, besides torch and more
+    script = "from lorasmith.train.show import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ours = (
+        int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x).split()[1])
+        * 1024
+    )
+    assert int(done.stdout) < ours - held.nbytes // 2
+
+
 def test_run_file(uninterrupted):
     record = json.loads((uninterrupted / "run.json").read_text())
     assert record.keys() == {

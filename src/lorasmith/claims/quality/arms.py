@@ -119,12 +119,14 @@ def run_arm(setting: Setting, arm: Arm, data: Data, rate: float, seed: int) -> d
 
 
 def _run(setting: Setting, arm: Arm, data: Data, rate: float, seed: int) -> dict[str, Any]:
+    from lorasmith.train import peak_rss_bytes
+
     setting.say(f"  {data.task}, {arm.name}, seed {seed}: {data.steps} steps at {rate:g}")
     base = setting.load(arm.dtype)
     reset_peak()
     cpu = time.process_time()
     with _trained(base, arm, data, rate, seed=seed, steps=data.steps, evaluates=False) as (result, folder):
-        peak, cpu = peak_bytes(), time.process_time() - cpu
+        peak, cpu = peak_rss_bytes(), time.process_time() - cpu
         started = time.monotonic()
         outputs = _answers(base, arm, result, folder, data)
         return {
@@ -235,18 +237,6 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
-
-
-def peak_bytes() -> int:
-    """Largest resident memory since `reset_peak`; where that cannot be, since the process began."""
-    from lorasmith.train import peak_rss_bytes
-
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return peak_rss_bytes()
-    (line,) = [line for line in lines if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024
 
 
 def _threads() -> int:
