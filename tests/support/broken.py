@@ -21,7 +21,7 @@ from lorasmith.engine import engine as engine_module
 from lorasmith.errors import AdapterFileError, LoraSmithError, UnknownAdapterError
 from lorasmith.formats import read_adapter
 from lorasmith.server import Gateway, create_app
-from lorasmith.server.admin import base_facts
+from lorasmith.server.admin import facts_of
 from lorasmith.server.names import Resolved
 from tests.support.base import write_tiny_base
 from tests.support.server import BASE_ID, make_gateway, make_keys
@@ -314,7 +314,7 @@ def speaks_vllm(running: Running, _: Any) -> Any:
     inner, gateway = running.app, running.gateway
 
     def load(body: dict[str, Any]) -> None:
-        facts = base_facts(gateway)
+        facts = facts_of(gateway)
         version = gateway.store.add(body.get("lora_name", ""), body.get("lora_path", ""), base=facts)
         gateway.adapters.restore(version.digest)
         gateway.adapters.load(version.digest, None)

@@ -18,7 +18,6 @@ from lorasmith.cli.options import (
     print_json,
     say,
 )
-from lorasmith.cli.store import base_facts
 from lorasmith.errors import ConfigError, LoraSmithError, did_you_mean
 
 if TYPE_CHECKING:
@@ -165,17 +164,17 @@ def _serve_fleet(spec: WorkerSpec, workers: int, most: int | None, **where: Any)
     """On Ray, where `most` says how many workers there may be."""
     from lorasmith.server import run_fleet
 
-    mismatch = spec.config.allow_base_mismatch
-    where["facts"] = base_facts(spec.base, quantize=spec.quantize, allow_mismatch=mismatch)
-    where["on_start"] = lambda url: _say_where(url, False)
     say(f"starting {workers} workers")
-    run_fleet(spec, workers, on_ray=most, **where)
+    run_fleet(spec, workers, on_ray=most, on_start=lambda url: _say_where(url, False), **where)
 
 
 def _add(store: Store, base: str, pairs: list[str], quantize: str | None, allow_base_mismatch: bool) -> None:
     if not pairs:
         return
-    facts = base_facts(base, quantize=quantize, allow_mismatch=allow_base_mismatch)
+    from lorasmith.bases import base_directory
+    from lorasmith.store import base_facts
+
+    facts = base_facts(base_directory(base), base, quantize=quantize, allow_mismatch=allow_base_mismatch)
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not (equals and path):

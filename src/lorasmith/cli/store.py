@@ -12,7 +12,7 @@ import typer
 from lorasmith.cli.options import JsonOption, QuantizeOption, print_json, say
 
 if TYPE_CHECKING:
-    from lorasmith.store import Alias, BaseFacts, Store, Version
+    from lorasmith.store import Alias, Store, Version
 
 app = typer.Typer(no_args_is_help=True, help="A durable registry of adapters: versions, aliases, rollback.")
 StoreOption = Annotated[Path, typer.Option("--store", help="Directory of the registry.")]
@@ -22,22 +22,6 @@ def _open(path: Path, *, create: bool = False) -> Store:
     from lorasmith.store import Store
 
     return Store(path, create=create)
-
-
-def base_facts(base: str, *, quantize: str | None = None, allow_mismatch: bool = False) -> BaseFacts:
-    """What an adapter must fit, read from the base's headers."""
-    from lorasmith.bases import base_directory, fingerprint_directory, match_base, read_headers
-    from lorasmith.quantised import require_kind
-    from lorasmith.store import BaseFacts
-
-    directory = base_directory(base)
-    if quantize is not None:
-        require_kind(quantize)
-    shapes = {name: tensor.shape for name, tensor in read_headers(directory).items()}
-    if allow_mismatch:
-        return BaseFacts(base, shapes, lambda _: None)
-    fingerprint = fingerprint_directory(directory, quantised=quantize)
-    return BaseFacts(base, shapes, lambda provenance: match_base(provenance, fingerprint))
 
 
 def _show_version(version: Version, canaries: Sequence[str] = ()) -> str:
@@ -72,7 +56,10 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter, copy it in, and make it the next version of a name."""
-    facts = None if base is None else base_facts(base, quantize=quantize)
+    from lorasmith.bases import base_directory
+    from lorasmith.store import base_facts
+
+    facts = None if base is None else base_facts(base_directory(base), base, quantize=quantize)
     if facts is None:
         say("not compared with a base (give --base): only the adapter itself is checked")
     opened = _open(store, create=True)

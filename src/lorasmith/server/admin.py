@@ -14,11 +14,10 @@ from typing import Annotated, Any, Protocol, TypeVar
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from lorasmith.bases import match_base, read_headers
 from lorasmith.errors import ConfigError, DeadlineError, OverloadedError, UnknownAdapterError
 from lorasmith.server.config import ServerConfig
 from lorasmith.server.gateway import Gateway
-from lorasmith.store import BaseFacts, Staged, Store, Version
+from lorasmith.store import BaseFacts, Staged, Store, Version, base_facts
 
 T = TypeVar("T")
 MAX_UPLOADS = 16
@@ -187,7 +186,7 @@ def routes(gateway: Gateway, uploads: Uploads) -> APIRouter:
     add_reading(router, gateway)
     _add_serving(router, gateway)
     add_aliases(router, gateway)
-    add_uploads(router, gateway, uploads, lambda: base_facts(gateway))
+    add_uploads(router, gateway, uploads, lambda: facts_of(gateway))
     return router
 
 
@@ -295,15 +294,14 @@ def _add(front: Front, uploads: Uploads, body: AddBody, facts: Callable[[], Base
         return front.store.add_staged(body.name, staged, base=facts(), promote=body.promote)
 
 
-def base_facts(gateway: Gateway) -> BaseFacts | None:
+def facts_of(gateway: Gateway) -> BaseFacts | None:
     """What an upload must fit."""
-    base = gateway.base
+    base, config = gateway.base, gateway.config
     if base.directory is None:
         return None
-    shapes = {name: tensor.shape for name, tensor in read_headers(base.directory).items()}
-    if gateway.config.allow_base_mismatch:
-        return BaseFacts(gateway.config.base_id, shapes, lambda _: None)
-    return BaseFacts(gateway.config.base_id, shapes, lambda p: match_base(p, base.fingerprint))
+    return base_facts(
+        base.directory, config.base_id, quantize=base.quantised, allow_mismatch=config.allow_base_mismatch
+    )
 
 
 def _refuse_base_name(front: Front, name: str) -> None:

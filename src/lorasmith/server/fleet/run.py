@@ -12,7 +12,7 @@ from lorasmith.server.fleet.worker import WorkerSpec
 from lorasmith.server.fleet.workers import Workers
 from lorasmith.server.keys import Keys
 from lorasmith.server.run import check_exposure, run_app
-from lorasmith.store import BaseFacts, Store
+from lorasmith.store import Store
 
 
 def run_fleet(
@@ -20,7 +20,6 @@ def run_fleet(
     count: int,
     *,
     keys: Keys,
-    facts: BaseFacts,
     host: str,
     port: int,
     insecure: bool = False,
@@ -34,28 +33,21 @@ def run_fleet(
     Args:
         on_ray: the workers are replicas of Ray Serve, and may become so many.
     """
-    if on_ray is not None:
-        from lorasmith.server.on_ray import run_on_ray  # Ray is an extra
-
-        return run_on_ray(
-            spec,
-            count,
-            most=on_ray,
-            keys=keys,
-            facts=facts,
-            host=host,
-            port=port,
-            insecure=insecure,
-            on_start=on_start,
-        )
     local_only = check_exposure(host, keys, insecure=insecure) and keys.is_open
-    ingress = make_ingress(spec, count, keys=keys, facts=facts)
+    if on_ray is not None:
+        from lorasmith.server.on_ray import make, run_on_ray  # Ray is an extra
+
+        made = make(spec, count, most=on_ray, keys=keys, local_only=local_only)
+        run_on_ray(made, host=host, port=port, on_start=on_start)
+        return
+    ingress = make_ingress(spec, count, keys=keys)
     app = create_fleet_app(ingress, local_only=local_only)
     run_app(app, ingress, host=host, port=port, on_start=on_start)
 
 
-def make_ingress(spec: WorkerSpec, count: int, *, keys: Keys, facts: BaseFacts | None) -> Ingress:
+def make_ingress(spec: WorkerSpec, count: int, *, keys: Keys) -> Ingress:
     """An ingress before `count` local workers that share this machine's cores."""
+    facts = spec.facts()  # a base that is not there is told before any worker starts
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))) // count)
     rows, lookahead = spec.options.get("max_rows", 16), spec.config.lookahead_rows
     pool = Workers(spec, count, rows=rows, lookahead=lookahead, threads=threads)

@@ -9,6 +9,7 @@ worker ends too.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -18,16 +19,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorasmith.bases import load_base
+from lorasmith.bases import base_directory, load_base
 from lorasmith.engine import Engine
+from lorasmith.errors import LoraSmithError
 from lorasmith.server.app import create_api
 from lorasmith.server.config import ServerConfig
 from lorasmith.server.fleet.pool import ASKED, read_asked
 from lorasmith.server.gateway import Gateway
 from lorasmith.server.guard import App, Guard, Message
 from lorasmith.server.keys import Keys, Principal
+from lorasmith.server.logs import log_to_stderr
 from lorasmith.server.run import run_on
-from lorasmith.store import Store
+from lorasmith.store import BaseFacts, Store, base_facts
+
+log = logging.getLogger("lorasmith.server")
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,29 @@ class WorkerSpec:
         values = json.loads(text)
         return cls(**values | {"config": ServerConfig(**values["config"])})
 
+    def facts(self) -> BaseFacts:
+        """What an adapter must fit.
+
+        Raises:
+            BaseNotFoundError: there is no such base.
+        """
+        mismatch = self.config.allow_base_mismatch
+        directory = base_directory(self.base)
+        return base_facts(directory, self.config.base_id, quantize=self.quantize, allow_mismatch=mismatch)
+
     def gateway(self) -> Gateway:
         """Load the base and what aliases point to."""
         base = load_base(self.base, dtype=self.dtype, quantize=self.quantize)
         store = Store(self.store, actor="serve")
         reference = Engine(base, **self.options, prefix_cache_bytes=0) if self.config.shadow_share else None
         gateway = Gateway(base, Engine(base, **self.options), store, self.config, reference=reference)
-        gateway.adapters.preload(lambda alias, error: None)  # the ingress reported them
+        gateway.adapters.preload(_report)
         return gateway
+
+
+def _report(alias: str, error: LoraSmithError | None) -> None:
+    if error is not None:
+        log.warning("adapter not served", extra={"fields": {"alias": alias, "error": str(error)}})
 
 
 class Believing(Guard):
@@ -86,6 +106,7 @@ def worker_app(gateway: Gateway) -> App:
 
 def main() -> None:
     """Serve until SIGTERM, or until standard input ends."""
+    log_to_stderr()
     spec = WorkerSpec.of(sys.stdin.readline())
     path = Path(sys.stdin.readline().strip())
     gateway = spec.gateway()

@@ -7,6 +7,6 @@ replica's engine leases from the store.
 Nothing outside this folder imports Ray.
 """
 
-from lorasmith.server.on_ray.run import application, run_on_ray
+from lorasmith.server.on_ray.run import application, make, run_on_ray
 
-__all__ = ["application", "run_on_ray"]
+__all__ = ["application", "make", "run_on_ray"]

@@ -25,8 +25,8 @@ from lorasmith.server.logs import log_to_stderr
 from lorasmith.server.on_ray.pool import RayPool
 from lorasmith.server.on_ray.replica import Replica
 from lorasmith.server.on_ray.router import Chosen
-from lorasmith.server.run import check_exposure, free_port
-from lorasmith.store import BaseFacts, Store
+from lorasmith.server.run import free_port
+from lorasmith.store import Store
 
 NAME = "lorasmith"
 MANY = 1_000_000  # the ingress has its own limits, and replicas are asked how they are even when full
@@ -43,7 +43,6 @@ class Front:
         replicas: Any,
         spec: str,
         keys: Keys,
-        facts: BaseFacts | None,
         room: int,
         most: int,
         local_only: bool,
@@ -53,7 +52,7 @@ class Front:
         pool = RayPool(replicas, room=room, most=most)
         store = Store(made.store, actor="serve")
         self.ingress = Ingress(
-            pool, store, made.config, keys=keys, tokenizer=load_tokenizer(made.base), facts=facts
+            pool, store, made.config, keys=keys, tokenizer=load_tokenizer(made.base), facts=made.facts()
         )
         self._local_only = local_only
 
@@ -85,15 +84,7 @@ def without_id(app: App) -> App:
     return inner
 
 
-def make(
-    spec: WorkerSpec,
-    count: int,
-    *,
-    most: int | None = None,
-    keys: Keys,
-    facts: BaseFacts | None,
-    local_only: bool,
-) -> Any:
+def make(spec: WorkerSpec, count: int, *, most: int | None = None, keys: Keys, local_only: bool) -> Any:
     """The application: `count` replicas, or by the length of the queue up to `most`.
 
     A replica reserves as many of Ray's CPUs as it has threads.
@@ -130,7 +121,7 @@ def make(
         ray_actor_options={"num_cpus": 0},
     )
     text = spec.to_json()
-    return front.bind(replicas.bind(text), text, keys, facts, room, most, local_only)
+    return front.bind(replicas.bind(text), text, keys, room, most, local_only)
 
 
 def application(settings: Mapping[str, Any]) -> Any:
@@ -153,30 +144,18 @@ def application(settings: Mapping[str, Any]) -> Any:
         settings.get("quantize"),
     )
     keys = read_keys(settings["keys"]) if settings.get("keys") else Keys()
-    return make(
-        spec, settings.get("workers", 1), most=settings.get("max_workers"), keys=keys, facts=None,
-        local_only=keys.is_open,
-    )  # fmt: skip
+    most = settings.get("max_workers")
+    return make(spec, settings.get("workers", 1), most=most, keys=keys, local_only=keys.is_open)
 
 
-def run_on_ray(
-    spec: WorkerSpec,
-    count: int,
-    *,
-    most: int | None,
-    keys: Keys,
-    facts: BaseFacts | None,
-    host: str,
-    port: int,
-    insecure: bool = False,
-    on_start: Callable[[str], None] = print,
-) -> None:
-    """Serve until SIGTERM or SIGINT; then drain. Joins the cluster at RAY_ADDRESS, or starts one of its own.
+def run_on_ray(made: Any, *, host: str, port: int, on_start: Callable[[str], None] = print) -> None:
+    """Serve an application of `make` until SIGTERM or SIGINT; then drain.
+
+    Joins the cluster at RAY_ADDRESS, or starts one of its own.
 
     Raises:
         EngineError: Ray could not bring the application up.
     """
-    local_only = check_exposure(host, keys, insecure=insecure) and keys.is_open
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -184,7 +163,6 @@ def run_on_ray(
     ray.init(include_dashboard=False, log_to_driver=True, logging_level="WARNING", ignore_reinit_error=True)
     try:
         serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=QUIET)
-        made = make(spec, count, most=most, keys=keys, facts=facts, local_only=local_only)
         try:
             front = serve.run(made, name=NAME, route_prefix="/")
         except RuntimeError as error:
