@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -61,33 +61,39 @@ def create_api(gateway: Gateway) -> FastAPI:
         uploads.close()
         await gateway.close()
 
+    async def metrics() -> bytes:
+        gateway.metrics.ready.set(gateway.why_not_ready() is None)
+        return await gateway.in_thread(gateway.metrics.text)
+
     # No /docs: its page would load scripts from elsewhere.
     app = FastAPI(title="lorasmith", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.include_router(completions.routes(gateway), dependencies=KEY)
     app.include_router(admin.routes(gateway, uploads), dependencies=KEY)
     if gateway.config.playground:
         app.include_router(page.routes(gateway), dependencies=KEY)
-    _add_probes(app, gateway)
+    add_probes(app, gateway.why_not_ready, metrics)
     add_error_handlers(app, lambda status: gateway.metrics.refused.labels(status).inc())
     return app
 
 
-def _add_probes(app: FastAPI, gateway: Gateway) -> None:
+def add_probes(
+    app: FastAPI, why_not_ready: Callable[[], str | None], metrics_text: Callable[[], Awaitable[bytes]]
+) -> None:
+    """Whether it lives, whether it takes requests, and what it counts."""
+
     @app.get(LIVE)
     async def live() -> dict[str, str]:
         return {"status": "alive"}
 
     @app.get("/ready", dependencies=KEY)
     async def ready() -> Response:
-        why_not = gateway.why_not_ready()
-        gateway.metrics.ready.set(why_not is None)
+        why_not = why_not_ready()
         body = {"ready": why_not is None, "why_not": why_not}
         return JSONResponse(body, status_code=200 if why_not is None else 503)
 
     @app.get("/metrics", dependencies=KEY, response_class=PlainTextResponse)
     async def metrics() -> Response:
-        gateway.metrics.ready.set(gateway.why_not_ready() is None)
-        return Response(await gateway.in_thread(gateway.metrics.text), media_type=CONTENT_TYPE)
+        return Response(await metrics_text(), media_type=CONTENT_TYPE)
 
 
 def add_error_handlers(app: FastAPI, count: Callable[[str], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -105,7 +105,12 @@ async def _answer(
         return Response(status_code=499)
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
     events = _stream(gateway, running, shape, request_id, wants_usage=wants_usage)
-    return _EventStream(events, gateway, running, headers=receipt.headers())
+
+    async def end(outcome: str) -> None:
+        gateway.close_running(running, outcome)
+        request.state.log |= _log_fields(running)
+
+    return EventStream(events, receipt.headers(), left_s=lambda: gateway.left_s(running), end=end)
 
 
 def _refuse_many(gateway: Gateway, choices: int) -> None:
@@ -197,28 +202,36 @@ async def _stream(
         yield as_event(body_of(error, request_id))
 
 
-class _EventStream(StreamingResponse):
-    """Gives the rows back even if the client left before the first byte."""
+class EventStream(StreamingResponse):
+    """Ends its request even if the client left before the first byte.
 
-    media_type = "text/event-stream"
+    Args:
+        left_s: seconds until the request's time is over.
+        end: ends the request with an outcome, and does nothing if it was ended already.
+    """
 
     def __init__(
-        self, events: AsyncIterator[bytes], gateway: Gateway, running: Running, headers: dict[str, str]
+        self,
+        events: AsyncIterator[bytes],
+        headers: Mapping[str, str],
+        *,
+        left_s: Callable[[], float],
+        end: Callable[[str], Awaitable[None]],
     ) -> None:
-        super().__init__(events, headers=headers | {"cache-control": "no-store", "x-accel-buffering": "no"})
-        self._gateway, self._running = gateway, running
+        unread = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(events, headers={**headers, **unread}, media_type="text/event-stream")
+        self._left_s, self._end = left_s, end
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send, then clean up. A client that stops reading holds its rows no longer than the others."""
         try:
-            async with asyncio.timeout(self._gateway.left_s(self._running) + UNREAD_S):
+            async with asyncio.timeout(self._left_s() + UNREAD_S):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
-            self._gateway.close_running(self._running, "deadline")
+            await self._end("deadline")
             raise DeadlineError("the client did not read its answer in time") from None
         finally:
-            self._gateway.close_running(self._running, "disconnected")
-            scope["state"].setdefault("log", {}).update(_log_fields(self._running))
+            await self._end("disconnected")
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

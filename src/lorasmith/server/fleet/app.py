@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from lorasmith.engine import encode_prompt
-from lorasmith.errors import ConfigError, DeadlineError, LoraSmithError
+from lorasmith.errors import ConfigError, LoraSmithError
 from lorasmith.server.admin import Uploads
 from lorasmith.server.answers import as_event
-from lorasmith.server.app import ERRORS, KEY, add_error_handlers
+from lorasmith.server.app import ERRORS, KEY, add_error_handlers, add_probes
 from lorasmith.server.completions import (
     ANSWER,
-    UNREAD_S,
     ClientGoneError,
+    EventStream,
     add_models,
     canary_key,
     tenant_of,
@@ -29,8 +28,7 @@ from lorasmith.server.fleet.admin import routes as admin_routes
 from lorasmith.server.fleet.ingress import Ingress, Passing
 from lorasmith.server.fleet.pool import Call
 from lorasmith.server.gateway import outcome_of
-from lorasmith.server.guard import LIVE, App, Guard
-from lorasmith.server.metrics import CONTENT_TYPE
+from lorasmith.server.guard import App, Guard
 from lorasmith.server.protocol import ChatRequest, CompletionRequest, Settings
 from lorasmith.server.status import body_of
 
@@ -49,10 +47,13 @@ def create_fleet_app(ingress: Ingress, *, local_only: bool = False) -> App:
         uploads.close()
         await ingress.close()
 
+    async def metrics() -> bytes:
+        return ingress.metrics.text(await ingress.pool.metrics())
+
     app = FastAPI(title="lorasmith", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.include_router(_routes(ingress), dependencies=KEY)
     app.include_router(admin_routes(ingress, uploads), dependencies=KEY)
-    _add_probes(app, ingress)
+    add_probes(app, ingress.why_not_ready, metrics)
     add_error_handlers(app, lambda status: ingress.metrics.refused.labels(status).inc())
     return Guard(app, keys=ingress.keys, config=ingress.config, local_only=local_only)
 
@@ -75,22 +76,6 @@ def _routes(ingress: Ingress) -> APIRouter:
     return router
 
 
-def _add_probes(app: FastAPI, ingress: Ingress) -> None:
-    @app.get(LIVE)
-    async def live() -> dict[str, str]:
-        return {"status": "alive"}
-
-    @app.get("/ready", dependencies=KEY)
-    async def ready() -> Response:
-        why_not = ingress.why_not_ready()
-        body = {"ready": why_not is None, "why_not": why_not}
-        return JSONResponse(body, status_code=200 if why_not is None else 503)
-
-    @app.get("/metrics", dependencies=KEY, response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return Response(ingress.metrics.text(await ingress.pool.metrics()), media_type=CONTENT_TYPE)
-
-
 async def _answer(
     ingress: Ingress, request: Request, body: Settings, prompts: Sequence[Any], limit: int | None
 ) -> Response:
@@ -111,7 +96,12 @@ async def _answer(
     request.state.log |= {"replica": reply.replica, "tries": len(passing.tries) + 1}
     headers = {k: v for k, v in reply.headers.items() if k in PASSED or k.startswith("x-lorasmith-")}
     if call.is_streamed and reply.status == 200:
-        return _Stream(_events(ingress, passing), ingress, passing, headers)
+        return EventStream(
+            _events(ingress, passing),
+            headers,
+            left_s=lambda: ingress.left_s(passing),
+            end=partial(ingress.leave, passing),
+        )
     await ingress.leave(passing, "ok" if reply.status == 200 else "refused")
     return Response(passing.first, reply.status, headers)
 
@@ -162,24 +152,3 @@ async def _events(ingress: Ingress, passing: Passing) -> AsyncIterator[bytes]:
     except LoraSmithError as error:
         await ingress.leave(passing, outcome_of(error))
         yield as_event(body_of(error, passing.call.request_id))
-
-
-class _Stream(StreamingResponse):
-    """Gives everything back even if the client left before the first byte."""
-
-    def __init__(
-        self, events: AsyncIterator[bytes], ingress: Ingress, passing: Passing, headers: dict[str, str]
-    ) -> None:
-        super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._ingress, self._passing = ingress, passing
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send, then clean up."""
-        try:
-            async with asyncio.timeout(self._ingress.left_s(self._passing) + UNREAD_S):
-                await super().__call__(scope, receive, send)
-        except TimeoutError:
-            await self._ingress.leave(self._passing, "deadline")
-            raise DeadlineError("the client did not read its answer in time") from None
-        finally:
-            await self._ingress.leave(self._passing, "disconnected")
