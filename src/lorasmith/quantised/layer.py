@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lorasmith.quantised.codes import (
 from lorasmith.quantised.scratch import scratch
 
 
-class QuantisedLinear(nn.Linear):
+class QuantisedLinear(nn.Linear, ABC):
     """y = x @ Wᵀ + b with W = dequantise(codes), made anew for each product, forward and backward.
 
     Scales are float32 numbers kept as the int32 of the same bits, so that `model.to(dtype)` leaves them alone.
@@ -43,13 +44,13 @@ class QuantisedLinear(nn.Linear):
             self.register_buffer(name, value.view(torch.int32) if value.dtype == torch.float32 else value)
 
     @staticmethod
+    @abstractmethod
     def packed(weight: Tensor) -> dict[str, Tensor]:
         """Name of each buffer → what it holds of `weight`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantise(self, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
         """W, (out_features, in_features), in `out` (at least `whole_numel`,) or a new tensor."""
-        raise NotImplementedError
 
     @property
     def whole_numel(self) -> int:

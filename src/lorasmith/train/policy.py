@@ -79,34 +79,22 @@ def computing(
         stack.callback(_manage_heap(keep_freed=keep_freed))
         device = next(model.parameters()).device
         lines = [f"threads: {torch.get_num_threads()}" if device.type == "cpu" else f"device: {device}"]
-        chosen: KernelsName = "plain"
         ops = operations(next(model.parameters()).dtype, device).name
+        count = 0
         if kernels in ("auto", "block"):
             keep = {"none": "all", "mlp": "no-mlp", "layers": "input"}[recompute]
             count = stack.enter_context(fast_layers(model, keep=keep))  # type: ignore[arg-type]
-            if count:
-                chosen = "block"
-                lines.append(
-                    f"kernels: block (proved on a probe for {count} of {len(repeated_layers(model))} layers; "
-                    f"between the products: {ops})"
-                )
-        if chosen == "plain":
-            if recompute != "none":
-                stack.enter_context(_recomputed(model))
-            if device.type == "cpu" and stack.enter_context(attention(model, causal_attention)):
-                lines.append("attention: by tiles (matrix products; keys never repeated)")
-            wanted = kernels == "inductor" or (
-                kernels == "auto" and (flops >= LONG_RUN_FLOPS or device.type == "cuda")
+        chosen: KernelsName = "block"
+        if count:
+            lines.append(
+                f"kernels: block (proved on a probe for {count} of {len(repeated_layers(model))} layers; "
+                f"between the products: {ops})"
             )
-            said = "not asked, or the run is short"
-            if wanted and is_sharded(model):
-                said = "compiled layers need their weights whole, and the base is sharded"
-            elif wanted and quantisation_of(model):
-                said = "compiled layers need weights, and the base is quantised"
-            elif wanted:
-                said = stack.enter_context(_compiled(model, warm_up))
-            chosen = "inductor" if said == "" else "plain"
-            lines.append(f"kernels: {chosen}" + (f" ({said})" if said else " (each decoder layer compiled)"))
+        else:
+            tried = kernels == "auto" and (flops >= LONG_RUN_FLOPS or device.type == "cuda")
+            compiles = kernels == "inductor" or tried
+            chosen, said = _by_layers(stack, model, recompute, warm_up if compiles else None)
+            lines += said
         others = len(repeated_layers(model)) - count if chosen == "block" else 0
         if others > 0 and device.type == "cpu" and stack.enter_context(attention(model, causal_attention)):
             lines.append(f"attention of the {others} other layers: by tiles")
@@ -114,19 +102,45 @@ def computing(
             what = "gate and up" if (recompute, chosen) == ("mlp", "block") else "each decoder layer"
             what += f" of the block's, the {others} other layers keep everything" if others > 0 else ""
             lines.append(f"recompute: {what}, again in the backward pass")
-        if offload in ("weights", "all"):
-            frozen = [
-                p for layer in repeated_layers(model) for p in layer.parameters() if not p.requires_grad
-            ]
-            size = sum(p.nbytes for p in frozen)
-            lines.append(
-                f"offload: {size / 2**30:.2f} GiB of weights, read from the base's file layer by layer"
-            )
-        if offload in ("activations", "all"):
-            file = stack.enter_context(activations_away(model))
-            place = "the machine's memory" if file is None else f"a file in {file.folder}"
-            lines.append(f"offload: activations wait in {place}")
+        lines += _offloaded(stack, model, offload)
         yield Policy(chosen, recompute, ops, tuple(lines))
+
+
+def _by_layers(
+    stack: ExitStack, model: nn.Module, recompute: RecomputeName, warm_up: Callable[[], Any] | None
+) -> tuple[KernelsName, list[str]]:
+    """The base's own layers, compiled if there is a `warm_up`: what was chosen, and lines that say so."""
+    lines = []
+    if recompute != "none":
+        stack.enter_context(_recomputed(model))
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and stack.enter_context(attention(model, causal_attention)):
+        lines.append("attention: by tiles (matrix products; keys never repeated)")
+    if warm_up is None:
+        why_not = "not asked, or the run is short"
+    elif is_sharded(model):
+        why_not = "compiled layers need their weights whole, and the base is sharded"
+    elif quantisation_of(model):
+        why_not = "compiled layers need weights, and the base is quantised"
+    else:
+        why_not = stack.enter_context(_compiled(model, warm_up))
+    if why_not:
+        return "plain", [*lines, f"kernels: plain ({why_not})"]
+    return "inductor", [*lines, "kernels: inductor (each decoder layer compiled)"]
+
+
+def _offloaded(stack: ExitStack, model: nn.Module, offload: OffloadName) -> list[str]:
+    """Lines that say what waits outside of memory; from here on activations do."""
+    lines = []
+    if offload in ("weights", "all"):
+        frozen = (p for layer in repeated_layers(model) for p in layer.parameters() if not p.requires_grad)
+        size = sum(p.nbytes for p in frozen) / 2**30
+        lines.append(f"offload: {size:.2f} GiB of weights, read from the base's file layer by layer")
+    if offload in ("activations", "all"):
+        file = stack.enter_context(activations_away(model))
+        place = "the machine's memory" if file is None else f"a file in {file.folder}"
+        lines.append(f"offload: activations wait in {place}")
+    return lines
 
 
 @contextmanager
