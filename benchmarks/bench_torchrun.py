@@ -119,14 +119,14 @@ def compared(name: str, folder: Path, max_length: int, steps: int) -> list[dict[
 def trained(folder: Path, options: dict[str, object], processes: int, threads: int) -> dict[str, Any]:
     """One run by that many processes: its adapter, step time, peak memory and what was predicted of it."""
     out = folder / f"{processes}-{threads}-{options.get('shard', 'none')}"
-    flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    given = {"base": ABOUT["base"]} | options
+    flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         if processes > 1
         else []
     )
     command = [sys.executable, *launcher, "-m", "lorasmith", "train", "--dtype", "bf16"]
-    options = {"base": ABOUT["base"]} | options
     done = subprocess.run(
         [*command, *flags, "--out", str(out), "--json"], capture_output=True, text=True, check=True,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
