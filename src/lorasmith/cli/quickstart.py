@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BASE = "smollm2-135m"
 SHOWN = 3
-TIMED_STEPS = 3
+TIMED_STEPS = 5
 TRAINING_SHARE = 0.5
 """Of `--minutes`: the rest loads, answers the test prompts twice, evaluates and proves."""
 
