@@ -185,3 +185,21 @@ def test_bad_input_exits_with_2(place, options, message, tmp_path):
     )
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--base", "/nowhere"), "/nowhere"),
+        (("--quantize", "nf5"), 'Did you mean "nf4"'),
+        (("--base", "/nowhere", "--workers", "2"), "/nowhere"),
+    ],
+)
+def test_a_base_that_cannot_be_is_told_before_a_store_is_made(place, options, message, tmp_path):
+    store = tmp_path / "store"
+    result = CliRunner().invoke(
+        app, ["serve", "--base", str(place / BASE_ID), "--store", str(store), *options]
+    )
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not store.exists()

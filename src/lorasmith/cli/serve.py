@@ -75,6 +75,7 @@ def serve(
     known = Keys() if keys is None else read_keys(keys)
     check_exposure(host, known, insecure=insecure)
     check_address(host, port)
+    _check_base(base, quantize)
     opened = Store(store, actor="serve")
     _add(opened, base, [*(adapters or []), *(more or [])], quantize, allow_base_mismatch)
     is_exact = deterministic or shadow_share > 0
@@ -96,6 +97,16 @@ def serve(
         f"base {gateway.config.base_id} ({loaded.dtype_reason}), {len(gateway.adapters.loaded)} adapters loaded"
     )
     run(gateway, host=host, port=port, insecure=insecure, on_start=lambda url: _say_where(url, playground))
+
+
+def _check_base(base: str, quantize: str | None) -> None:
+    """Before a store is made."""
+    from lorasmith.bases import base_directory
+    from lorasmith.quantised import require_kind
+
+    base_directory(base)
+    if quantize is not None:
+        require_kind(quantize)
 
 
 def _check_engine(engine: str, workers: int, max_workers: int | None) -> None:
