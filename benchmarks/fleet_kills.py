@@ -200,7 +200,7 @@ def served(place: Path, *options: object) -> Any:
     try:
         yield server
     finally:
-        server.stop()
+        server.stop(timeout_s=90)  # Ray gives replicas that still load `drain_s` to end, 30
 
 
 def run(requests: int, every_s: float, *options: object, kills: int = 0) -> tuple[Storm, float]:

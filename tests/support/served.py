@@ -56,10 +56,10 @@ class Served:
         for line in self.process.stderr:
             self.lines.append(line)
 
-    def stop(self, sent: int = signal.SIGTERM) -> int:
+    def stop(self, sent: int = signal.SIGTERM, *, timeout_s: float = 30.0) -> int:
         if self.process.poll() is None:
             self.process.send_signal(sent)
-        code = self.process.wait(30)
+        code = self.process.wait(timeout_s)
         self._reader.join(5)
         self.process.stdout.close()
         self.process.stderr.close()

@@ -57,4 +57,5 @@ class Replica:
             raise EngineError(why_not)
 
     async def __del__(self) -> None:
-        await self._gateway.close()
+        if hasattr(self, "_gateway"):  # else it was ended while it loaded
+            await self._gateway.close()
