@@ -100,6 +100,13 @@ def main() -> None:
     with world():
         for job in json.loads(Path(sys.argv[1]).read_text()):
             (sweep_job if "grid" in job else train_job)(job)
+    left = [name for name in thread_names() if "gloo" in name]
+    assert not left, f"{left} still run, and can abort the interpreter as it ends"
+
+
+def thread_names() -> list[str]:
+    """Of this process, those of C++ too."""
+    return [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
 
 
 if __name__ == "__main__":

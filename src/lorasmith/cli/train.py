@@ -144,6 +144,7 @@ def _run(
             base, places["data"], lora_config, train_config,
             out=places["out"], eval_data=places["eval_data"], resume=resume,
         )  # fmt: skip
+        del base  # a sharded one would keep the process group beyond its end
     if as_json and here.is_first:
         print_json(result.to_dict() | ({"decisions": decisions} if auto else {}))
     elif here.is_first and not result.interrupted:

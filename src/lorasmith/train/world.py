@@ -7,8 +7,10 @@ the same run gives the same bits again, and every process the same ones.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -227,7 +229,7 @@ def world() -> Iterator[World]:
         yield replace(here, board=_board() if size > 1 or _has_agent() else None)
     finally:
         if starts:
-            dist.destroy_process_group()
+            _end()
 
 
 @contextmanager
@@ -246,6 +248,8 @@ def partners() -> Iterator[None]:
 
 
 def _start(here: World) -> None:
+    import torch.distributed.nn.functional  # before the group: its functions keep one as their default (see _end)
+
     if here.device.type == "cuda":
         torch.cuda.set_device(here.device)
     try:
@@ -259,6 +263,20 @@ def _start(here: World) -> None:
             f"The {here.size} processes of this run could not find each other at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _end() -> None:
+    """Let go of the process group everywhere, so that its threads end here.
+
+    Threads that outlive this hold the last tensors, and abort the interpreter if they free them while it ends
+    (dev/LOG.md). torch's own record of how it placed sharded tensors holds the group too.
+    """
+    dist.destroy_process_group()
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import debug
+
+        debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    gc.collect()
 
 
 def _meeting(here: World) -> Any:
