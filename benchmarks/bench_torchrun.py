@@ -7,7 +7,8 @@ rows of 64 tokens that all carry loss (packing has nothing to share, so the work
 sample (completions carry loss; a beginning that two processes need is computed in both). The peer of each row is this
 very package with one process: of one thread, or of two. Step times are medians of the steps after the first.
 A third set is a base of 1.07 billion random weights, rows of 64 tokens, for what sharding saves: peak memory alone.
-LORASMITH_BENCH_TORCHRUN=rows, =E2E or =large runs one set alone.
+A fourth is full fine-tuning of the built-in base in float32, the same rows, with all that trains in parts.
+LORASMITH_BENCH_TORCHRUN=rows, =E2E, =large or =full runs one set alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from bench_sweep import data_file
 from safetensors.torch import load_file
 
 SETS = {"rows of 64": 64, "E2E": 1024}
-LARGE = "large"
+LARGE, FULL = "large", "full"
 STEPS, QUICK_STEPS = 6, 3
 ABOUT: dict[str, Any] = {"base": "smollm2-135m", "batch_size": 8, "rank": 16}
 
@@ -43,7 +44,34 @@ def run(peers: bool = False, quick: bool = False) -> list[dict[str, Any]]:
     if wanted in LARGE and not quick:
         with tempfile.TemporaryDirectory() as folder:
             rows += peaks_of_a_large_base(Path(folder))
+    if wanted in FULL and not quick:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += full_fine_tuning(Path(folder))
     return rows
+
+
+def full_fine_tuning(folder: Path) -> list[dict[str, Any]]:
+    options = {
+        "data": data_file(folder, 64),
+        "max-length": 64,
+        "batch-size": 4,
+        "max-steps": STEPS,
+        "save-every": 10**6,
+        "method": "full",
+        "dtype": "fp32",
+    }
+    whole, parts = (trained(folder, options | {"shard": shard}, 2, 1) for shard in ("none", "all"))
+    return [
+        row(
+            f"{FULL}: largest difference of a weight, in parts / whole; largest weight", *apart(parts, whole)
+        ),
+        *(
+            row(f"{FULL}: peak of a process, {name}, measured / predicted, MB", run["peak"], run["predicted"])
+            for name, run in (("whole", whole), ("in parts", parts))
+        ),
+        row(f"{FULL}: peak of a process, in parts / whole, MB", parts["peak"], whole["peak"]),
+        row(f"{FULL}: step, in parts / whole, 2 processes, s", parts["step_s"], whole["step_s"]),
+    ]
 
 
 def peaks_of_a_large_base(folder: Path) -> list[dict[str, Any]]:
@@ -119,14 +147,14 @@ def compared(name: str, folder: Path, max_length: int, steps: int) -> list[dict[
 def trained(folder: Path, options: dict[str, object], processes: int, threads: int) -> dict[str, Any]:
     """One run by that many processes: its adapter, step time, peak memory and what was predicted of it."""
     out = folder / f"{processes}-{threads}-{options.get('shard', 'none')}"
-    given = {"base": ABOUT["base"]} | options
+    given = {"base": ABOUT["base"], "dtype": "bf16"} | options
     flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         if processes > 1
         else []
     )
-    command = [sys.executable, *launcher, "-m", "lorasmith", "train", "--dtype", "bf16"]
+    command = [sys.executable, *launcher, "-m", "lorasmith", "train"]
     done = subprocess.run(
         [*command, *flags, "--out", str(out), "--json"], capture_output=True, text=True, check=True,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
@@ -138,13 +166,15 @@ def trained(folder: Path, options: dict[str, object], processes: int, threads: i
         "step_s": statistics.median([line["step_s"] for line in lines if "step_s" in line][1:]),
         "peak": found["peak_rss_bytes"] / 1e6,
         "predicted": float(predicted) * 2**30 / 1e6,
-        "adapter": load_file(out / "adapter/adapter_model.safetensors"),
+        "result": load_file(
+            out / ("model/model.safetensors" if "method" in options else "adapter/adapter_model.safetensors")
+        ),
     }
 
 
 def apart(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float]:
-    """Largest absolute difference of two adapters, and the largest weight of the second."""
-    pairs = [(ours["adapter"][key], tensor) for key, tensor in theirs["adapter"].items()]
+    """Largest absolute difference of two results, and the largest weight of the second."""
+    pairs = [(ours["result"][key], tensor) for key, tensor in theirs["result"].items()]
     return max(float((a - b).abs().max()) for a, b in pairs), max(float(b.abs().max()) for _, b in pairs)
 
 

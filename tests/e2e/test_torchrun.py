@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorasmith.errors import TrainingError
 from lorasmith.train import read_metrics
 from tests.support.base import write_tiny_base
 from tests.support.cli import answer
@@ -29,10 +31,16 @@ JOBS = {
     "biases": {"lora": {"bias": "all"}, "family": "qwen2", "train": {"shard": "base"}},
     "untied": {"family": "gemma3", "train": {"shard": "base"}},
     "full": {"train": {"method": "full"}},
+    "parts": {"train": {"packing": "tree", "shard": "all"}},
+    "parts-full": {"train": {"method": "full", "batch_tokens": 60, "packing": "none", "shard": "all"}},
+    "parts-narrow": {"dtype": "bfloat16", "train": {"lr": 0.002, "method": "full", "shard": "all"}},
     "bitfit": {"train": {"method": "bitfit", "options": {"biases": "added"}}},
     "dropout": {"lora": {"dropout": 0.2}},
     "stopped": {"train": {"packing": "tree"}},
+    "stopped-parts": {"train": {"method": "full", "shard": "all"}},
 }
+FOUR = ("tree", "sharded", "narrow", "parts-full")
+ROUNDED = ("wide", "narrow", "parts-narrow", "dropout", "stopped", "stopped-parts")
 
 
 def tiny() -> torch.nn.Module:
@@ -45,7 +53,9 @@ def result(out: Path) -> dict[str, torch.Tensor]:
 
 
 def files(out: Path) -> set[str]:
-    return {str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()}
+    """All but those within checkpoints, which each process may write a part of."""
+    inside = {f for f in out.rglob("*") if f.is_file() and f.parent.parent.name != "checkpoints"}
+    return {str(f.relative_to(out)) for f in inside}
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +67,17 @@ def runs(tmp_path_factory) -> Path:
         for name in JOBS:
             train_job(job(folder, 1, name, shard="none"))
     (folder / "2.txt").write_text(launch_jobs(folder, 2, [job(folder, 2, name) for name in JOBS]))
-    (folder / "4").mkdir()
-    (folder / "2" / "stopped").rename(folder / "4" / "stopped")
-    again = [job(folder, 4, name) for name in ("tree", "sharded", "narrow")]
-    again.append(job(folder, 4, "stopped") | {"resume": True})
+    for name in ("stopped", "stopped-parts"):
+        shutil.copytree(folder / "2" / name, folder / "4" / name)
+    again = [job(folder, 4, name) for name in FOUR]
+    again += [job(folder, 4, name) | {"resume": True} for name in ("stopped", "stopped-parts")]
     (folder / "4.txt").write_text(launch_jobs(folder, 4, again))
     return folder
 
 
 def job(folder: Path, count: int, name: str, **train: str) -> dict:
     made = JOBS[name] | {"train": JOBS[name].get("train", {}) | train, "out": str(folder / str(count) / name)}
-    return made | ({"stopped_at": 4} if name == "stopped" and count == 2 else {})
+    return made | ({"stopped_at": 4} if name.startswith("stopped") and count == 2 else {})
 
 
 def differences(runs: Path, count: int, name: str, dtype: torch.dtype) -> None:
@@ -78,7 +88,7 @@ def differences(runs: Path, count: int, name: str, dtype: torch.dtype) -> None:
         close(tensor, alone[key], dtype)
 
 
-@pytest.mark.parametrize("name", [n for n in JOBS if n not in ("wide", "narrow", "dropout", "stopped")])
+@pytest.mark.parametrize("name", [n for n in JOBS if n not in ROUNDED])
 def test_two_processes_leave_what_one_leaves(runs, name):
     differences(runs, 2, name, torch.float64)
     ours, alone = (read_metrics(runs / count / name / "metrics.jsonl") for count in "21")
@@ -92,13 +102,13 @@ def test_two_processes_leave_what_one_leaves(runs, name):
 def test_in_coarser_dtypes_they_agree_within_the_table(runs):
     differences(runs, 2, "wide", torch.float32)
     differences(runs, 2, "narrow", torch.bfloat16)
+    differences(runs, 2, "parts-narrow", torch.bfloat16)
 
 
 def test_four_processes_leave_what_one_leaves_though_the_last_step_has_but_one_sequence(runs):
     assert len(RECORDS) % 5 == 1
-    for name in ("tree", "sharded"):
-        differences(runs, 4, name, torch.float64)
-    differences(runs, 4, "narrow", torch.bfloat16)
+    for name in FOUR:
+        differences(runs, 4, name, torch.bfloat16 if name == "narrow" else torch.float64)
 
 
 def test_a_sharded_base_gives_the_very_bits_of_a_whole_one(runs):
@@ -108,7 +118,7 @@ def test_a_sharded_base_gives_the_very_bits_of_a_whole_one(runs):
     said = (runs / "2.txt").read_text()
     spread = sum(p.numel() for n, p in tiny().named_parameters() if ".layers." in n or ".embed_tokens." in n)
     assert re.search(rf"shard: {spread:,} of [0-9,]+ weights .*2 layers.* are spread over 2 processes", said)
-    assert said.count("shard: ") == sum(j.get("train", {}).get("shard") == "base" for j in JOBS.values())
+    assert said.count("shard: ") == sum("shard" in j.get("train", {}) for j in JOBS.values())
 
 
 def test_each_process_draws_its_own_dropout(runs):
@@ -123,23 +133,61 @@ def test_a_signal_to_one_stops_all_and_four_go_on_where_two_stopped(runs):
     assert "stopped after step 4 of 9; the checkpoint is saved" in (runs / "2.txt").read_text()
     assert "with another number of processes than before" in (runs / "4.txt").read_text()
     differences(runs, 4, "stopped", torch.float64)
+    differences(runs, 4, "stopped-parts", torch.float64)
+
+
+def test_a_checkpoint_in_parts_is_safetensors_of_each_process_and_one_alone_goes_on_from_it(runs, tmp_path):
+    out = shutil.copytree(runs / "2" / "stopped-parts", tmp_path / "1" / "stopped-parts")
+    (checkpoint,) = [f for f in out.glob("checkpoints/*") if f.name.endswith("4")]
+    names = [f.name for f in checkpoint.iterdir()]
+    assert {name.partition("-model")[0] for name in names} == {"state.json", "shard-00001", "shard-00002"}
+    assert all(name.endswith((".safetensors", ".json")) for name in names)
+    held = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
+    whole = runs / "1" / "stopped-parts" / "checkpoints" / "step-00000009" / "state.safetensors"
+    assert held < 1.2 * whole.stat().st_size  # nothing is there twice, but for the headers
+    train_job(job(tmp_path, 1, "stopped-parts", shard="none") | {"resume": True})
+    for key, tensor in result(out).items():
+        close(tensor, result(runs / "1" / "stopped-parts")[key], torch.float64)
+
+
+def test_two_in_parts_go_on_from_a_whole_checkpoint(runs, tmp_path):
+    shutil.copytree(runs / "2" / "stopped", tmp_path / "2" / "stopped")
+    again = job(tmp_path, 2, "stopped", shard="all") | {"resume": True}
+    assert "resuming after step 4" in launch_jobs(tmp_path, 2, [again])
+    assert any((tmp_path / "2" / "stopped" / "checkpoints").glob("*9/shard-*"))
+    for key, tensor in result(tmp_path / "2" / "stopped").items():
+        close(tensor, result(runs / "1" / "stopped")[key], torch.float64)
+
+
+def test_a_damaged_part_is_told_and_nothing_is_overwritten(runs, tmp_path):
+    out = shutil.copytree(runs / "2" / "stopped-parts", tmp_path / "1" / "stopped-parts")
+    part = next(out.glob("checkpoints/*4/shard-00002-*"))
+    part.write_bytes(content := part.read_bytes()[:-100])
+    with pytest.raises(TrainingError, match=r"cannot be read.*Delete it to go on from the one before"):
+        train_job(job(tmp_path, 1, "stopped-parts", shard="none") | {"resume": True})
+    assert part.read_bytes() == content
+    part.unlink()
+    with pytest.raises(TrainingError, match=r"cannot be read|lacks"):
+        train_job(job(tmp_path, 1, "stopped-parts", shard="none") | {"resume": True})
 
 
 def test_one_process_speaks_and_says_how_many_there_are(runs):
     for count in (2, 4):
         said = (runs / f"{count}.txt").read_text()
-        jobs = len(JOBS) if count == 2 else 4
+        jobs = len(JOBS) if count == 2 else len(FOUR) + 2
         assert said.count("data: 11 examples") == jobs
         assert said.count(f"processes: {count} through gloo") == jobs
 
 
-def test_after_a_killed_worker_torchrun_goes_on_to_the_same_bits(runs, tmp_path):
-    killed = JOBS["tree"] | {"out": str(tmp_path / "killed"), "killed_at": 5}
+@pytest.mark.parametrize("name", ["tree", "parts-full"])
+def test_after_a_killed_worker_torchrun_goes_on_to_the_same_bits(runs, tmp_path, name):
+    killed = JOBS[name] | {"out": str(tmp_path / "killed"), "killed_at": 5}
     said = launch_jobs(tmp_path, 2, [killed], "--max-restarts", "1")
     assert "exitcode: -9" in said
     assert "resuming after step 4" in said
-    ours = (tmp_path / "killed/adapter/adapter_model.safetensors").read_bytes()
-    assert ours == (runs / "2/tree/adapter/adapter_model.safetensors").read_bytes()
+    undisturbed = result(runs / "2" / name)
+    for key, tensor in result(tmp_path / "killed").items():
+        assert torch.equal(tensor, undisturbed[key])
     rows = read_metrics(tmp_path / "killed/metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
 

@@ -18,5 +18,7 @@ def run(*arguments: object) -> Any:
 def answer(*arguments: object) -> dict:
     """The JSON that a successful command prints."""
     result = run(*arguments, "--json")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
     assert result.exit_code == 0, result.output + result.stderr
     return json.loads(result.stdout)

@@ -345,7 +345,7 @@ def test_the_adapter_of_the_lowest_evaluation_loss_is_kept(tmp_path):
     best = min(found, key=found.__getitem__)
     assert best not in (100, 120)
     assert result.eval_loss == found[best]
-    kept = checkpoint_parameters(tmp_path / "run" / "checkpoints" / f"step-{best:08d}")
+    kept = checkpoint_parameters(tmp_path / "run" / "checkpoints" / f"step-{best:08d}", {})
     assert kept
     for path, factors in read_adapter(tmp_path / "run" / "adapter").factors.items():
         assert torch.equal(factors.A, kept[f"{path}.lora_A"])

@@ -8,16 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorasmith.errors import ConfigError, TrainingError
+from lorasmith.errors import ConfigError, OutputError, TrainingError
 from lorasmith.inject import inject
 from lorasmith.lora import LoRAConfig
 from lorasmith.planning import decoder_of
 from lorasmith.planning.activations import Trained
-from lorasmith.planning.estimate import GATHERED_LAYERS, Job, weights_here
+from lorasmith.planning.estimate import GATHERED_LAYERS, Job, trained_here, weights_here
 from lorasmith.sweep import parse_grid, points
 from lorasmith.sweep.spread import names_of
 from lorasmith.train import ALONE, Forward, World, is_first_to_say, partners, world
 from lorasmith.train.checkpoint import load_checkpoint, save_checkpoint
+from lorasmith.train.checkpoint_shards import in_shards, load_shards, save_shards
 from lorasmith.train.shares import blank, deal, in_step
 from tests.support.cli import answer
 from tests.support.cli import run as command
@@ -99,11 +100,40 @@ def test_a_lost_partner_is_put_in_words_and_nothing_else_is():
         raise RuntimeError("shape mismatch")
 
 
-def test_a_base_is_sharded_only_where_there_are_others_and_only_for_lora(tmp_path):
-    for method, words in (("lora", "there is one"), ("full", "method=")):
-        with pytest.raises(ConfigError, match=words):
-            run(tmp_path / "run", settings=changed(shard="base", method=method))
-        assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("shard", "method", "words"),
+    [
+        ("base", "lora", "there is one"),
+        ("all", "full", "there is one"),
+        ("base", "full", "method="),
+        ("all", "prefix", "method="),
+        ("some", "lora", "none, base, all"),
+    ],
+)
+def test_weights_are_sharded_only_where_there_are_others_and_the_method_can(tmp_path, shard, method, words):
+    with pytest.raises(ConfigError, match=words):
+        run(tmp_path / "run", settings=changed(shard=shard, method=method))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_in_parts_that_cannot_be_written_is_an_output_error(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(OutputError, match=r"Error: "):
+        save_shards(tmp_path / "taken", {"a": torch.ones(2)})
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_one_process_wrote_in_parts_comes_back(tmp_path):
+    tensors = {"param/a": torch.arange(6.0).reshape(3, 2), "step/a": torch.tensor(3.0)}
+    save_shards(tmp_path / "made", tensors)
+    assert in_shards(tmp_path / "made")
+    room = {name: torch.zeros_like(t) for name, t in tensors.items()} | {"exp_avg/a": torch.zeros(3, 2)}
+    found = load_shards(tmp_path / "made", room)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], t) for name, t in tensors.items())
+    with pytest.raises(TrainingError, match="cannot be read"):
+        load_shards(tmp_path / "made", {"param/a": torch.zeros(2, 2)})
 
 
 def test_a_checkpoint_goes_on_with_other_processes_but_not_with_other_data(tmp_path):
@@ -132,6 +162,17 @@ def test_the_weights_of_a_sharded_base_are_planned():
         )
 
 
+def test_what_trains_in_parts_is_planned():
+    decoder = decoder_of(tiny_causal_lm("llama"))
+    job = Job(decoder, Trained(None), [], 1, sharded_over=4, spreads_trained=True)
+    inside = decoder.layer_params + decoder.untied_embeddings
+    assert trained_here(job) == decoder.params - inside + -(-inside // 4)
+    assert trained_here(replace(job, spreads_trained=False)) == decoder.params
+    ranks = dict.fromkeys(decoder.linears, 2)
+    numbers = Trained(ranks).params(decoder)
+    assert trained_here(replace(job, trained=Trained(ranks, 100))) == 100 + -(-numbers // 4)
+
+
 def test_plan_says_what_one_of_several_processes_needs(tmp_path):
     from tests.support.base import write_tiny_base
 
@@ -144,6 +185,10 @@ def test_plan_says_what_one_of_several_processes_needs(tmp_path):
     assert whole["lora"]["activation_bytes"] < alone["lora"]["activation_bytes"]
     assert parts["lora"]["weights_bytes"] < 0.5 * whole["lora"]["weights_bytes"]
     assert parts["full"]["weights_bytes"] == whole["full"]["weights_bytes"] == alone["full"]["weights_bytes"]
+    all_parts = answer(*given, "--processes", 4, "--shard", "all")
+    assert all_parts["full"]["weights_bytes"] < 0.5 * whole["full"]["weights_bytes"]
+    assert all_parts["full"]["optimizer_bytes"] < 0.5 * whole["full"]["optimizer_bytes"]
+    assert all_parts["full"]["checkpoint_bytes"] == whole["full"]["checkpoint_bytes"]
     assert command(*given, "--processes", 2, "--measure").exit_code == 2
 
 

@@ -48,7 +48,9 @@ def plan(
     recompute: Annotated[str | None, typer.Option(help="auto, none, mlp or layers.")] = None,
     offload: Annotated[str | None, typer.Option(help="none, activations, weights or all.")] = None,
     processes: Annotated[int, typer.Option(help="That train together, as under torchrun.", min=1)] = 1,
-    shard: Annotated[str | None, typer.Option(help="none, or base: spread over the processes.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="What is spread over the processes: none, base or all.")
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run six real steps to calibrate the time.")
     ] = False,
@@ -68,8 +70,8 @@ def plan(
         raise ConfigError("--measure runs on this machine; it cannot calibrate a device that is not here.")
     if measure and processes > 1:
         raise ConfigError("--measure runs steps in this process alone; leave it out, or --processes.")
-    if quantize and (measure or shard == "base"):
-        raise ConfigError("--quantize goes with neither --measure nor --shard base; leave one of them out.")
+    if quantize and (measure or shard in ("base", "all")):
+        raise ConfigError("--quantize goes with neither --measure nor --shard; leave one of them out.")
     limit = parse_bytes(budget) if budget else None
     run = read_run_file(config) if config else {}
     asked = run.get("lora", {}) | given(flags, "rank")

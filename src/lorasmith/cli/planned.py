@@ -114,8 +114,13 @@ class Planned:
             is_mapped=self.skeleton.file_itemsize == self.decoder.itemsize,
             gives_back=self.settings.budget_bytes is not None,
             keeps_weights=self.settings.keeps_weights or method == "full",
-            sharded_over=self.processes if (method, self.settings.shard) == ("lora", "base") else 1,
+            sharded_over=self.processes if self._is_spread(method) else 1,
+            spreads_trained=self._is_spread(method) and self.settings.shard == "all",
         )  # fmt: skip
+
+    def _is_spread(self, method: Method) -> bool:
+        whole = ("none", "base") if method == "full" else ("none",)
+        return self.processes > 1 and self.settings.shard not in whole
 
     def _passes(self, batch_tokens: int) -> tuple[list[list[Pass]], list[list[Pass]]]:
         from lorasmith.train import World, passes_of
@@ -172,8 +177,7 @@ class Planned:
     def _held_as(self) -> str:
         if self.decoder.packed is not None:
             return f"; for LoRA {self.decoder.packed.params:,} of them as {self.decoder.packed.kind}"
-        is_spread = self.processes > 1 and self.settings.shard == "base"
-        return f", layers spread over {self.processes} processes" if is_spread else ""
+        return f", layers spread over {self.processes} processes" if self._is_spread("lora") else ""
 
     def rows(self, lora: dict[str, Any], full: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         """The table: what, for LoRA, for full fine-tuning, and why."""

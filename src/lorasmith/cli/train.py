@@ -67,7 +67,7 @@ def train(
     offload: Annotated[str | None, typer.Option(help="none, activations, weights or all.")] = None,
     budget: Annotated[str | None, typer.Option(help="Largest peak of memory, such as 2GiB.")] = None,
     shard: Annotated[
-        str | None, typer.Option(help="Under torchrun: none, or base, spread over the processes.")
+        str | None, typer.Option(help="Under torchrun, what is spread over the processes: none, base or all.")
     ] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,

@@ -49,7 +49,8 @@ class Job:
         keeps_best: a held-out set chooses the best adapter, of which a copy is kept.
         file_itemsize: bytes of a weight in the base's own file.
         gives_back: freed memory goes back to the system at once, as under a budget, so the heap has no holes.
-        sharded_over: processes that the frozen base is spread over, layer by layer; 1 keeps it whole.
+        sharded_over: processes that the base is spread over, layer by layer; 1 keeps it whole.
+        spreads_trained: so is what trains in the layers, with its gradients and moments.
         keeps_weights: else each layer's are here only while it computes.
         is_mapped: the weights are pages of that file, which become resident when they are read; of input
             embeddings that is a few rows.
@@ -66,6 +67,7 @@ class Job:
     is_mapped: bool = False
     gives_back: bool = False
     sharded_over: int = 1
+    spreads_trained: bool = False
     keeps_weights: bool = True
 
 
@@ -117,7 +119,7 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     d, trained = job.decoder, job.trained
     numbers = trained.params(d)
     itemsize = d.itemsize if trained.is_full else FP32_BYTES
-    weights, state = weights_here(job), numbers * itemsize
+    weights, state = weights_here(job), trained_here(job) * itemsize
     runtime = CUDA_CONTEXT_BYTES if machine.is_cuda else runtime_bytes
     looked_at = [*job.passes, *job.worst]
     largest = max((p for step in looked_at for p in step), key=lambda p: _live(job, p))
@@ -131,6 +133,8 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     )
     constant = weights - never_read + adapter + 2 * state + (state if job.keeps_best else 0)
     in_backward = state + backward_bytes(d, trained, largest, job.computing)
+    if job.spreads_trained:  # the gradients of a layer, and the buffer through which their sums go out
+        in_backward += 2 * itemsize * max(numbers // d.layers, d.untied_embeddings * trained.is_full)
     if trained.is_full:  # the dense gradients of embedding and head, before they are added to what there is
         in_backward += 2 * d.itemsize * d.vocabulary * d.width
     moment = max(activations + (state if accumulates or not trained.is_full else 0), in_backward)
@@ -149,8 +153,8 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
         runtime_bytes=runtime,
         allocator_bytes=allocator,
         peak_bytes=peak,
-        checkpoint_bytes=state,
-        disk_bytes=state * (1 + 3 * KEPT_CHECKPOINTS),
+        checkpoint_bytes=numbers * itemsize,
+        disk_bytes=numbers * itemsize * (1 + 3 * KEPT_CHECKPOINTS),
         flops=flops,
         train_s=seconds * time_factor,
         fits=MARGIN * peak <= machine.memory_bytes,
@@ -172,9 +176,23 @@ def weights_here(job: Job) -> int:
         return (d.params - d.layer_params + 2 * d.largest_layer_params) * d.itemsize
     if n == 1:
         return d.params * d.itemsize if job.trained.is_full else d.weights_bytes
-    spread = d.layer_params + d.untied_embeddings
+    spread = _in_layers(d)
     gathered = max(GATHERED_LAYERS * d.largest_layer_params, d.untied_embeddings)
     return (d.params - spread + -(-spread // n) + gathered) * d.itemsize
+
+
+def trained_here(job: Job) -> int:
+    """Numbers that train in one process: all of them, or its part of those in the layers."""
+    d, numbers = job.decoder, job.trained.params(job.decoder)
+    if not job.spreads_trained:
+        return numbers
+    outside = d.params - _in_layers(d) if job.trained.is_full else job.trained.other_params
+    return outside + -(-(numbers - outside) // job.sharded_over)
+
+
+def _in_layers(d: Decoder) -> int:
+    """Weights that a sharded base spreads."""
+    return d.layer_params + d.untied_embeddings
 
 
 def heap_holes(job: Job, p: Pass) -> int:
@@ -186,7 +204,7 @@ def heap_holes(job: Job, p: Pass) -> int:
     d, trained, how = job.decoder, job.trained, job.computing
     kept = saved_bytes(d, trained, p, how)
     copies = 2 * d.itemsize if trained.is_full else 4 * FP32_BYTES
-    state = copies * trained.params(d)
+    state = copies * trained_here(job)
     varies = has_many_shapes(job)
     if job.gives_back:
         return varies * KERNELS_BYTES + LATER_BYTES

@@ -46,7 +46,7 @@ class Member(Run):
         """Fresh factors, as `train` would start from."""
         inject(self.model, self.config, seed=self.settings.seed)
         try:
-            self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            self._hold({n: p for n, p in self.model.named_parameters() if p.requires_grad})
             layers = lora_layers(self.model)
             factors = {path: Factors(la.lora_A, la.lora_B, la.lora_scaling) for path, la in layers.items()}
         finally:
@@ -138,7 +138,7 @@ class Member(Run):
             "steps": p.step,
             "best_step": p.best_step,
             "status": self.status,
-            "trainable_params": sum(x.numel() for x in self.parameters.values()),
+            "trainable_params": self.trainable_params,
             "tokens": p.tokens,
             "train_s": p.train_s,
         }

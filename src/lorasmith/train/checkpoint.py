@@ -16,8 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasmith.errors import OutputError, TrainingError
+from lorasmith.train.checkpoint_shards import in_shards, load_shards, save_shards
+from lorasmith.train.shard import UNSHARDED, Shards, local
+from lorasmith.train.world import ALONE, World
 
 KEPT = 2
+MOMENTS = ("exp_avg", "exp_avg_sq")
 ROUNDING = ("processes", "threads")
 """Of a run's identity, what changes the order in which numbers are added up and nothing else."""
 
@@ -40,17 +44,32 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    folder: Path,
+    progress: Progress,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    shards: Shards = UNSHARDED,
+    world: World = ALONE,
 ) -> Path:
-    """Write `folder/step-…` whole or not at all; keep the last two, and the best as of each."""
+    """Write `folder/step-…` whole or not at all; keep the last two, and the best as of each.
+
+    Every process calls it. The first one writes, and where parameters are parts each process its own.
+    """
     target = folder / f"step-{progress.step:08d}"
-    temporary = folder / f".step-{progress.step:08d}.{os.getpid()}"
+    temporary = folder / f".step-{progress.step:08d}.{world.of_first(os.getpid()) if shards else os.getpid()}"
     aside = temporary.with_name(temporary.name + ".old")
     try:
-        for leftover in (temporary, aside):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(_tensors(parameters, optimizer), temporary / "state.safetensors")
+        if world.is_first:
+            for leftover in (temporary, aside):
+                shutil.rmtree(leftover, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        if shards:
+            save_shards(temporary, shards.named(_tensors(parameters, optimizer)))
+        if not world.is_first:
+            return target
+        if not shards:
+            save_file(_tensors(parameters, optimizer), temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=2))
         for file in temporary.iterdir():
             _sync(file)
@@ -78,6 +97,8 @@ def load_checkpoint(
     identity: Mapping[str, Any],
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
+    *,
+    shards: Shards = UNSHARDED,
 ) -> Progress:
     """Put parameters, optimizer and random state back; returns where the run stood.
 
@@ -86,12 +107,12 @@ def load_checkpoint(
     """
     try:
         progress = Progress(**json.loads((path / "state.json").read_text()))
-        tensors = load_file(path / "state.safetensors")
+        _check_identity(path, progress.identity, identity)
+        tensors = _read(path, parameters, shards)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise TrainingError(
             f"The checkpoint {path} cannot be read ({error}). Delete it to go on from the one before."
         ) from error
-    _check_identity(path, progress.identity, identity)
     _restore(path, tensors, parameters, optimizer)
     return progress
 
@@ -101,10 +122,29 @@ def has_other_processes(before: Mapping[str, Any], now: Mapping[str, Any]) -> bo
     return bool(before.get("processes", 1) != now.get("processes", 1))
 
 
-def checkpoint_parameters(path: Path) -> dict[str, Tensor]:
-    """The trained tensors of a checkpoint, by parameter name."""
-    tensors = load_file(path / "state.safetensors")
+def checkpoint_parameters(
+    path: Path, parameters: Mapping[str, Tensor], shards: Shards = UNSHARDED
+) -> dict[str, Tensor]:
+    """The trained tensors of a checkpoint, by parameter name; of those that lie in parts this process's."""
+    tensors = _read(path, parameters, shards)
     return {name.removeprefix("param/"): t for name, t in tensors.items() if name.startswith("param/")}
+
+
+def _read(path: Path, parameters: Mapping[str, Tensor], shards: Shards) -> dict[str, Tensor]:
+    if not (shards or in_shards(path)):
+        return load_file(path / "state.safetensors")
+    room = {
+        f"{key}/{name}": torch.empty_like(p) for name, p in parameters.items() for key in ("param", *MOMENTS)
+    }
+    room |= {f"step/{name}": torch.zeros(()) for name in parameters} | _random_states()
+    return {name: local(tensor) for name, tensor in load_shards(path, shards.named(room)).items()}
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random/cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def _tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -112,10 +152,7 @@ def _tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer)
     for name, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"{key}/{name}"] = value.detach().contiguous()
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-    return tensors
+    return tensors | _random_states()
 
 
 @torch.no_grad()
@@ -132,11 +169,7 @@ def _restore(
         )
     for name, p in parameters.items():
         p.copy_(tensors[f"param/{name}"])
-        state = {
-            key: tensors[f"{key}/{name}"]
-            for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"{key}/{name}" in tensors
-        }
+        state = {key: tensors[f"{key}/{name}"] for key in ("step", *MOMENTS) if f"{key}/{name}" in tensors}
         if state:
             optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
     torch.set_rng_state(tensors["random/cpu"])

@@ -16,7 +16,7 @@ MethodName = Literal["lora", "full", "houlsby", "lin", "prefix", "prompt", "bitf
 KernelsName = Literal["auto", "block", "inductor", "plain"]
 RecomputeName = Literal["auto", "none", "mlp", "layers"]
 OffloadName = Literal["none", "activations", "weights", "all"]
-ShardName = Literal["none", "base"]
+ShardName = Literal["none", "base", "all"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class TrainConfig:
         offload: what waits outside of memory until it is used, for the time that takes: `"none"`,
             `"activations"` (in a file in the cache folder; of a GPU in the machine's memory), `"weights"`
             (each layer's, which are pages of the base's file) or `"all"`. The result is the same to the bit.
-        shard: under torchrun, what is spread over the processes: `"none"`, or the frozen `"base"`, which
-            stays so after the run.
+        shard: under torchrun, what is spread over the processes: `"none"`; the frozen `"base"`; or `"all"`, what
+            trains and the optimizer's moments too (for `"lora"` and `"full"`). The base stays so after the run.
         eval_every: optimizer steps between evaluations; None is five times a run.
         save_every: optimizer steps between checkpoints; None is ten times a run.
         seed: of the factors, the data order and dropout.

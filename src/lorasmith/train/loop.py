@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +51,7 @@ from lorasmith.train.preflight import preflight
 from lorasmith.train.records import identity, provenance, result_of, run_record
 from lorasmith.train.result import TrainResult
 from lorasmith.train.sets import Sets
-from lorasmith.train.shard import shard_base
+from lorasmith.train.shard import Shards, shard_model
 from lorasmith.train.shares import Share, in_step, require_enough
 from lorasmith.train.show import Show, peak_rss_bytes
 from lorasmith.train.signals import Signals
@@ -92,7 +92,7 @@ def train(
     limit_kept_kernels()
     config, settings = config or LoRAConfig(), train_config or TrainConfig()
     with world() as here, partners():
-        device = "cpu" if here.size == 1 or settings.shard == "base" else here.device
+        device = "cpu" if here.size == 1 or settings.shard != "none" else here.device
         loaded = load_base(base, device=device) if isinstance(base, str) else base
         sets = Sets.read(loaded, data, eval_data, settings)
         is_new, goes_on = not Path(out).exists(), resume or here.has_begun(Path(out))
@@ -126,7 +126,7 @@ class Run:
         self.settings = settings = settings.resolved(width=self.width)
         self.method = method_of(settings, config, base.tokenizer, quantised=quantisation_of(base.model))
         self.folder, self.quiet = folder, quiet or not world.is_first
-        self.world = replace(world, is_sharded=settings.shard == "base")
+        self.world = replace(world, is_sharded=settings.shard != "none")
         require_enough(settings.batch_size, len(sets.train.examples), world)
         self.model: nn.Module = base.model
         self.examples: list[Example] = sets.train.examples
@@ -146,7 +146,9 @@ class Run:
         wanted = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self.report = self.method.attach(self.model, seed=self.settings.seed)
         try:
-            self.sharding = shard_base(self.model, self.world) if self.world.is_sharded else None
+            self.sharding = None
+            if self.settings.shard != "none":
+                self.sharding = shard_model(self.model, self.world, self.settings.shard)
             self._set_training_modes()
             # From here on: what comes before the first step passes through the layers too.
             with nullcontext() if self.settings.keeps_weights else layers_away(self.model):
@@ -168,7 +170,7 @@ class Run:
         """From the adapted model to the files in `out`."""
         torch.manual_seed(self.settings.seed)
         self.forward = Forward(self.model, label_smoothing=self.settings.label_smoothing)
-        self.parameters = self.method.parameters(self.model)
+        self._hold(self.method.parameters(self.model))
         self.optimizer = self._make_optimizer()
         self.layout = self._choose_layout()
         self.own = Share(self.plan, self.examples, self.layout.packing, self.world)
@@ -207,6 +209,12 @@ class Run:
         adapter = self._finish(interrupted=interrupted)
         return result_of(self, adapter, started=started, resumed=resumed, interrupted=interrupted)
 
+    def _hold(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """What trains, by name; of what is sharded `parameters` has this process's part."""
+        self.trainable_params = sum(p.numel() for p in trained.values())
+        self.shards = Shards(trained)
+        self.parameters = self.shards.parameters
+
     def _make_optimizer(self) -> torch.optim.AdamW:
         s = self.settings
         return torch.optim.AdamW(
@@ -232,6 +240,7 @@ class Run:
 
     def _warm_up(self) -> None:
         self.forward.loss_sum(self._first_batches()[0]).backward()  # type: ignore[no-untyped-call]
+        self.shards.take_gradients()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _settle(self, *, resume: bool) -> None:
@@ -254,14 +263,14 @@ class Run:
 
     def _load(self, path: Path) -> Progress:
         now = self._identity()
-        progress = load_checkpoint(path, now, self.parameters, self.optimizer)
+        progress = load_checkpoint(path, now, self.parameters, self.optimizer, shards=self.shards)
         self.has_other_processes = has_other_processes(progress.identity, now)
         progress.identity = now
         rows = read_metrics(self.folder / "metrics.jsonl")
         self.losses.extend(row["loss"] for row in rows if "loss" in row and row["step"] <= progress.step)
         if progress.best_step is not None:
             best = self.folder / "checkpoints" / f"step-{progress.best_step:08d}"
-            self.best = checkpoint_parameters(best)
+            self.best = checkpoint_parameters(best, self.parameters, self.shards)
         return progress
 
     def _write_run_file(self) -> None:
@@ -322,12 +331,13 @@ class Run:
             loss = self.forward.loss_sum(batch)
             (loss / supervised).backward()  # type: ignore[no-untyped-call]
             total += loss.detach().double().cpu()
-        (loss_sum,) = self.world.reduce_(self.parameters.values(), total.item())
+        (loss_sum,) = self.world.reduce_(self.shards.replicated, total.item())
+        self.shards.take_gradients()
         return self._update(loss_sum / supervised, lr)
 
     def _update(self, mean: float, lr: float) -> tuple[float, float]:
         """Clip and apply the gradients of a step whose mean loss is known."""
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip))
+        norm = self.shards.clip_grad_norm_(self.settings.clip, self.world)
         if not (math.isfinite(mean) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
             self._fail(mean, norm, lr)
@@ -372,9 +382,11 @@ class Run:
         return is_best
 
     def _save(self) -> None:
-        self.world.require_equal(self.parameters.values())
-        if self.world.is_first:
-            save_checkpoint(self.folder / "checkpoints", self.progress, self.parameters, self.optimizer)
+        self.world.require_equal(self.shards.replicated)
+        save_checkpoint(
+            self.folder / "checkpoints", self.progress, self.parameters, self.optimizer,
+            shards=self.shards, world=self.world,
+        )  # fmt: skip
 
     def _finish(self, *, interrupted: bool) -> Adapter | None:
         if self.world.is_first:
@@ -384,7 +396,9 @@ class Run:
         with torch.no_grad():
             for name, value in (self.best or {}).items():
                 self.parameters[name].copy_(value)
-        return self._write_result() if self.world.is_first else None
+        self.optimizer.state.clear()  # room for the whole of it
+        with self.shards.gathered(self.model, self.world):
+            return self._write_result() if self.world.is_first else None
 
     def _write_result(self) -> Adapter | None:
         return self.method.write(self.base, self.folder / self.method.folder, self._provenance())

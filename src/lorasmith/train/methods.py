@@ -81,10 +81,11 @@ def method_of(
         )
     if settings.method == "lora":
         return LoRA(config)
-    if settings.shard != "none":
+    if settings.shard == "base" or (settings.shard == "all" and settings.method != "full"):
         raise ConfigError(
-            f'shard="{settings.shard}" spreads a frozen base, and was asked with method="{settings.method}", which '
-            'may train it or look into it. Use method="lora", or shard="none": every method trains on several processes.'
+            f'shard="{settings.shard}" was asked with method="{settings.method}", which may train the base or look '
+            'into it. "base" is for method="lora", "all" for "lora" and "full"; with shard="none" every method trains '
+            "on several processes."
         )
     method = make_method(settings.method, settings.options.resolved(settings.method), tokenizer)
     if not method.can_recompute and (settings.recompute in ("mlp", "layers") or settings.budget_bytes):

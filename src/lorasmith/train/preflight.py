@@ -123,8 +123,7 @@ def _job(run: Run, settings: TrainConfig) -> Job:
     if settings.method == "lora":
         layers = lora_layers(run.model)
         ranks = {path: x.factors.rank for path, x in layers.items() if path in decoder.linears}
-        total = sum(p.numel() for p in run.parameters.values())
-        trained = Trained(ranks, total - Trained(ranks).params(decoder))
+        trained = Trained(ranks, run.trainable_params - Trained(ranks).params(decoder))
     computing = computing_of(run.model, settings, next(run.model.parameters()).dtype)
     if run.forward.parts is None or not run.forward.parts.head.is_frozen_linear:
         computing = replace(computing, is_in_place=False)
@@ -134,6 +133,7 @@ def _job(run: Run, settings: TrainConfig) -> Job:
         computing=computing, keeps_best=run.sets.evaluation is not None,
         gives_back=settings.budget_bytes is not None,
         sharded_over=run.world.size if run.world.is_sharded else 1,
+        spreads_trained=bool(run.shards),
         keeps_weights=settings.keeps_weights,
     )  # fmt: skip
 

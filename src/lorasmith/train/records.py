@@ -81,7 +81,7 @@ def result_of(
         tokens_per_s=p.tokens / p.train_s if p.train_s else 0.0,
         tokens=p.tokens,
         supervised_tokens=p.supervised_tokens,
-        trainable_params=sum(x.numel() for x in run.parameters.values()),
+        trainable_params=run.trainable_params,
         total_params=sum(x.numel() for x in run.model.parameters()),
         peak_rss_bytes=run.world.most(peak_rss_bytes()),
         wall_s=time.monotonic() - started,

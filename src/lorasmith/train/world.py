@@ -131,6 +131,15 @@ class World:
         dist.all_gather_object(found, value)
         return found
 
+    def gather_rows(self, rows: Tensor, shape: torch.Size) -> Tensor | None:
+        """A tensor of `shape` whose rows are dealt out in equal chunks, the last ones shorter; in the first process."""
+        chunk = -(-shape[0] // self.size)
+        padded = rows.new_zeros(chunk, *shape[1:])
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in range(self.size)] if self.is_first else None
+        dist.gather(padded, found)
+        return None if found is None else torch.cat(found)[: shape[0]]
+
     def of_first(self, value: Any) -> Any:
         """The first process's value."""
         return self.gather(value)[0]
