@@ -149,8 +149,8 @@ SAME = {"modules": 3, "tensors": 3, "different": 0}
     ],
 )
 def test_merged_latency_s_verdict(tmp_path, factors, structure, verdict):
-    setting = given(tmp_path, latency={"times": times_of(**factors)}, merged_structure=structure)
-    assert latency.measure_merged(setting).holds == verdict
+    results = {"latency, merged": {"times": times_of(**factors)}, "merged structure": structure}
+    assert latency.measure_merged(given(tmp_path, **results)).holds == verdict
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_every_arm_runs_and_leaves_the_base_as_it_was(tiny, tmp_path):
         ids = start.random_ids(model, 1, 8)
         before = model(input_ids=ids).logits
         outputs = {}
-        for name, arm in latency._arms(model).items():
+        for name, arm in (*latency._arms_beside(model).items(), *latency._arms_merged(model).items()):
             with arm():
                 [run() for run in runs]
                 outputs[name] = model(input_ids=ids).logits

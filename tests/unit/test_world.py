@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from lorasmith.sweep.spread import names_of
 from lorasmith.train import ALONE, Forward, World, is_first_to_say, partners, world
 from lorasmith.train.checkpoint import load_checkpoint, save_checkpoint
 from lorasmith.train.checkpoint_shards import in_shards, load_shards, save_shards
+from lorasmith.train.shard import shard_model
 from lorasmith.train.shares import blank, deal, in_step
 from tests.support.cli import answer
 from tests.support.cli import run as command
@@ -116,6 +118,14 @@ def test_weights_are_sharded_only_where_there_are_others_and_the_method_can(tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_are_not_sharded_twice_nor_offloaded_as_well(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        run(tmp_path / "run", settings=changed(shard="all", offload="weights"))
+    monkeypatch.setattr(sys.modules["lorasmith.train.shard"], "is_sharded", lambda model: True)
+    with pytest.raises(ConfigError, match="load it again"):
+        shard_model(torch.nn.Linear(2, 2), World(size=2), "base")
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_in_parts_that_cannot_be_written_is_an_output_error(tmp_path):
     (tmp_path / "taken").write_text("a file")
@@ -132,7 +142,7 @@ def test_what_one_process_wrote_in_parts_comes_back(tmp_path):
     found = load_shards(tmp_path / "made", room)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], t) for name, t in tensors.items())
-    with pytest.raises(TrainingError, match="cannot be read"):
+    with pytest.raises(ValueError, match="a"):
         load_shards(tmp_path / "made", {"param/a": torch.zeros(2, 2)})
 
 

@@ -140,7 +140,8 @@ def estimate(job: Job, machine: Machine, *, runtime_bytes: int, time_factor: flo
     moment = max(activations + (state if accumulates or not trained.is_full else 0), in_backward)
     moment += 0 if trained.is_full else d.unpacked_bytes
     allocator = 0 if machine.is_cuda else heap_holes(job, largest)
-    peak = runtime + max(constant + moment + allocator, _loading(job))
+    ending = weights + state + numbers * itemsize if job.spreads_trained else 0  # whole in the first process
+    peak = runtime + max(constant + moment + allocator, _loading(job), ending)
     flops, seconds = _work(job, machine)
     return Estimate(
         trainable_params=numbers,

@@ -48,5 +48,5 @@ def _of_settings(run: Run) -> Iterator[str]:
         yield f"  {name} {getattr(settings, name)}: {reason}"
     if run.progress.step:
         yield f"resuming after step {run.progress.step}"
-    if run.has_other_processes:
-        yield ("  with another number of processes than before: equal within rounding, no longer to the bit")
+    if run.adds_otherwise:
+        yield "  with other processes, or what trains in other parts: equal within rounding, no longer to the bit"

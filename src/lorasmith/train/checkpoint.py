@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasmith.errors import OutputError, TrainingError
-from lorasmith.train.checkpoint_shards import in_shards, load_shards, save_shards
+from lorasmith.train.checkpoint_shards import in_shards, load_shards, require_all, save_shards
 from lorasmith.train.shard import UNSHARDED, Shards, local
 from lorasmith.train.world import ALONE, World
 
 KEPT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ROUNDING = ("processes", "threads")
+ROUNDING = ("processes", "in_parts", "threads")
 """Of a run's identity, what changes the order in which numbers are added up and nothing else."""
 
 
@@ -32,6 +33,7 @@ class Progress:
 
     Attributes:
         identity: what must be the same for the run to go on: settings, data and base fingerprints.
+        files: of the checkpoint that holds this, besides `state.json`; all must be there.
     """
 
     step: int = 0
@@ -41,6 +43,7 @@ class Progress:
     best_step: int | None = None
     best_loss: float | None = None
     identity: dict[str, Any] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
 
 
 def save_checkpoint(
@@ -63,14 +66,17 @@ def save_checkpoint(
         if world.is_first:
             for leftover in (temporary, aside):
                 shutil.rmtree(leftover, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            temporary.mkdir(parents=True, exist_ok=True)  # another process may have been quicker
         if shards:
             save_shards(temporary, shards.named(_tensors(parameters, optimizer)))
         if not world.is_first:
             return target
-        if not shards:
+        if shards:
+            require_all(temporary)
+        else:
             save_file(_tensors(parameters, optimizer), temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(asdict(progress), indent=2))
+        written = replace(progress, files=sorted(file.name for file in temporary.iterdir()))
+        (temporary / "state.json").write_text(json.dumps(asdict(written), indent=2))
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
@@ -79,6 +85,7 @@ def save_checkpoint(
         os.replace(temporary, target)
         _sync(folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
         raise OutputError(
             f"The checkpoint {target} could not be written: {error}. The last one is intact."
         ) from error
@@ -105,39 +112,57 @@ def load_checkpoint(
     Raises:
         TrainingError: the checkpoint is damaged, or belongs to a run with other settings, data or base.
     """
-    try:
+    with _readable(path):
         progress = Progress(**json.loads((path / "state.json").read_text()))
         _check_identity(path, progress.identity, identity)
         tensors = _read(path, parameters, shards)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise TrainingError(
-            f"The checkpoint {path} cannot be read ({error}). Delete it to go on from the one before."
-        ) from error
-    _restore(path, tensors, parameters, optimizer)
+    _restore(tensors, parameters, optimizer)
     return progress
 
 
-def has_other_processes(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a run goes on with another number of processes: then to rounding, no longer to the bit."""
-    return bool(before.get("processes", 1) != now.get("processes", 1))
+def adds_otherwise(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a run goes on with other processes or parts: then to rounding, no longer to the bit."""
+    return any(before.get(key) != now.get(key) for key in ROUNDING[:2])
 
 
 def checkpoint_parameters(
     path: Path, parameters: Mapping[str, Tensor], shards: Shards = UNSHARDED
 ) -> dict[str, Tensor]:
     """The trained tensors of a checkpoint, by parameter name; of those that lie in parts this process's."""
-    tensors = _read(path, parameters, shards)
+    with _readable(path):
+        tensors = _read(path, parameters, shards, ("param",))
     return {name.removeprefix("param/"): t for name, t in tensors.items() if name.startswith("param/")}
 
 
-def _read(path: Path, parameters: Mapping[str, Tensor], shards: Shards) -> dict[str, Tensor]:
-    if not (shards or in_shards(path)):
-        return load_file(path / "state.safetensors")
-    room = {
-        f"{key}/{name}": torch.empty_like(p) for name, p in parameters.items() for key in ("param", *MOMENTS)
-    }
-    room |= {f"step/{name}": torch.zeros(()) for name in parameters} | _random_states()
-    return {name: local(tensor) for name, tensor in load_shards(path, shards.named(room)).items()}
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise TrainingError(
+            f"The checkpoint {path} cannot be read ({error}). Delete it to go on from the one before."
+        ) from error
+
+
+def _read(
+    path: Path,
+    parameters: Mapping[str, Tensor],
+    shards: Shards,
+    keys: Sequence[str] = ("param", *MOMENTS),
+) -> dict[str, Tensor]:
+    for file in json.loads((path / "state.json").read_text()).get("files", []):
+        if not (path / file).is_file():
+            raise FileNotFoundError(f"{file} is not there")
+    if shards or in_shards(path):
+        room = {f"{key}/{name}": torch.empty_like(p) for name, p in parameters.items() for key in keys}
+        room |= {f"step/{name}": torch.zeros(()) for name in parameters} | _random_states()
+        tensors = {name: local(tensor) for name, tensor in load_shards(path, shards.named(room)).items()}
+    else:
+        tensors = load_file(path / "state.safetensors")
+    missing = [name for name in parameters if f"param/{name}" not in tensors]
+    if missing:
+        raise ValueError(f"it lacks {len(missing)} parameters, {missing[0]} among them")
+    return tensors
 
 
 def _random_states() -> dict[str, Tensor]:
@@ -157,16 +182,10 @@ def _tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer)
 
 @torch.no_grad()
 def _restore(
-    path: Path,
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    missing = [name for name in parameters if f"param/{name}" not in tensors]
-    if missing:
-        raise TrainingError(
-            f"The checkpoint {path} lacks {len(missing)} parameters, {missing[0]} among them."
-        )
     for name, p in parameters.items():
         p.copy_(tensors[f"param/{name}"])
         state = {key: tensors[f"{key}/{name}"] for key in ("step", *MOMENTS) if f"{key}/{name}" in tensors}
@@ -178,7 +197,7 @@ def _restore(
 
 
 def _check_identity(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    rounding = ROUNDING if has_other_processes(before, now) else ()
+    rounding = ROUNDING if adds_otherwise(before, now) else ()
     lines = [
         f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
         for key in sorted({*before, *now})

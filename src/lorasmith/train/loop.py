@@ -27,8 +27,8 @@ from lorasmith.train.announce import announce
 from lorasmith.train.batch import Batch, Layout, choose_layout
 from lorasmith.train.checkpoint import (
     Progress,
+    adds_otherwise,
     checkpoint_parameters,
-    has_other_processes,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -73,8 +73,8 @@ def train(
     """Train one adapter and write it to `out/adapter`, with metrics, settings and a plot beside it.
 
     The base is left as it was: LoRA is taken off again and the modes are restored. (Full fine-tuning,
-    `method="full"`, is about changing it: `base.model` then holds the tuned weights.) Under `torchrun` its
-    processes train one adapter together, as one process would; a restart by torchrun goes on by itself.
+    `method="full"`, is about changing it: `base.model` then holds the tuned weights; and a sharded base is of no
+    use any more, for its weights lie in several processes.) Under `torchrun` its processes train one adapter together, as one process would; a restart by torchrun goes on by itself.
 
     Args:
         base: a loaded base, or a name for `load_base`.
@@ -92,19 +92,40 @@ def train(
     limit_kept_kernels()
     config, settings = config or LoRAConfig(), train_config or TrainConfig()
     with world() as here, partners():
-        device = "cpu" if here.size == 1 or settings.shard != "none" else here.device
-        loaded = load_base(base, device=device) if isinstance(base, str) else base
-        sets = Sets.read(loaded, data, eval_data, settings)
-        is_new, goes_on = not Path(out).exists(), resume or here.has_begun(Path(out))
-        folder = prepare_folder(Path(out), goes_on)
-        try:
-            run = Run(loaded, config, settings, sets, folder, quiet=quiet, world=here)
-            with run.adapted_model():
-                return run.go(resume=goes_on, started=started, on_step=on_step)
-        finally:
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                if is_new and not any(folder.iterdir()):  # refused before anything was written
-                    folder.rmdir()
+        # a function of its own, for the process group lives as long as a sharded base that a frame holds
+        return _train(
+            base, data, eval_data, config, settings, Path(out), here,
+            resume=resume, quiet=quiet, started=started, on_step=on_step,
+        )  # fmt: skip
+
+
+def _train(
+    base: Base | str,
+    data: Any,
+    eval_data: Any,
+    config: LoRAConfig,
+    settings: TrainConfig,
+    out: Path,
+    here: World,
+    *,
+    resume: bool,
+    quiet: bool,
+    started: float,
+    on_step: Callable[[int], None] | None,
+) -> TrainResult:
+    device = "cpu" if here.size == 1 or settings.shard != "none" else here.device
+    loaded = load_base(base, device=device) if isinstance(base, str) else base
+    sets = Sets.read(loaded, data, eval_data, settings)
+    is_new, goes_on = not out.exists(), resume or here.has_begun(out)
+    folder = prepare_folder(out, goes_on)
+    try:
+        run = Run(loaded, config, settings, sets, folder, quiet=quiet, world=here)
+        with run.adapted_model():
+            return run.go(resume=goes_on, started=started, on_step=on_step)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            if is_new and not any(folder.iterdir()):  # refused before anything was written
+                folder.rmdir()
 
 
 class Run:
@@ -137,7 +158,7 @@ class Run:
         self.save_every = settings.save_every or max(1, math.ceil(self.total / 10))
         self.losses: deque[float] = deque(maxlen=max(1, self.total // 10))
         self.best: dict[str, Tensor] | None = None
-        self.has_other_processes = False
+        self.adds_otherwise = False
 
     @contextmanager
     def adapted_model(self) -> Iterator[None]:
@@ -148,7 +169,9 @@ class Run:
         try:
             self.sharding = None
             if self.settings.shard != "none":
-                self.sharding = shard_model(self.model, self.world, self.settings.shard)
+                self.sharding = shard_model(
+                    self.model, self.world, self.settings.shard, trains_base=self.method.trains_base
+                )
             self._set_training_modes()
             # From here on: what comes before the first step passes through the layers too.
             with nullcontext() if self.settings.keeps_weights else layers_away(self.model):
@@ -264,7 +287,7 @@ class Run:
     def _load(self, path: Path) -> Progress:
         now = self._identity()
         progress = load_checkpoint(path, now, self.parameters, self.optimizer, shards=self.shards)
-        self.has_other_processes = has_other_processes(progress.identity, now)
+        self.adds_otherwise = adds_otherwise(progress.identity, now)
         progress.identity = now
         rows = read_metrics(self.folder / "metrics.jsonl")
         self.losses.extend(row["loss"] for row in rows if "loss" in row and row["step"] <= progress.step)

@@ -25,7 +25,8 @@ def identity(run: Run) -> dict[str, Any]:
     """What must be the same for a run to go on, to the bit."""
     settings = {k: v for k, v in run.settings.to_dict().items() if k not in CHANGES_NOTHING}
     settings |= run.policy.identity
-    together = {"processes": run.world.size} if run.world.size > 1 else {}
+    together: dict[str, Any] = {"processes": run.world.size} if run.world.size > 1 else {}
+    together |= {"in_parts": True} if run.shards else {}
     return {
         **{f"train.{k}": v for k, v in settings.items()},
         **{f"lora.{k}": v for k, v in run.config.to_dict().items()},

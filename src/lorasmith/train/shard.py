@@ -3,8 +3,8 @@
 A layer's weights are gathered when it computes and dropped afterwards, forward and backward. With `shard="base"`
 what trains stays whole in every process, so gradients, optimizer, checkpoints and files are those of a run that
 shards nothing. With `shard="all"` what trains within the layers lies in parts as well, and so do its gradients,
-which are summed into the parts, and the optimizer's moments. Output head, norms and whatever else lies outside of
-the layers stay whole: the loss multiplies with the head in chunks, so it would be gathered again and again.
+which are summed into the parts, and the optimizer's moments. Output head, final norm and whatever else lies outside
+of the layers stay whole: the loss multiplies with the head in chunks, so it would be gathered again and again.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from lorasmith.train.parts import repeated_layers
 from lorasmith.train.world import World
 
 
-def shard_model(model: nn.Module, world: World, what: ShardName) -> str:
+def shard_model(model: nn.Module, world: World, what: ShardName, *, trains_base: bool = False) -> str:
     """Spread weights of `model` over the processes, in place and for good; returns what to say of it.
 
     Args:
-        what: `"base"` leaves what trains whole; `"all"` spreads it too.
+        what: `"base"` leaves what trains whole; `"all"` spreads it too, factors alone unless `trains_base`.
+        trains_base: all of the base's own weights train. (A few that do beside factors, such as biases, stay whole.)
 
     Raises:
         ConfigError: there is no other process, or no list of layers, or layers that cannot be sharded.
     """
+    if is_sharded(model):
+        raise ConfigError("This base was sharded by a run before and stays so: load it again.")
     if world.size == 1:
         raise ConfigError(
             f'shard="{what}" spreads the base over processes, and there is one: start it with torchrun.'
@@ -51,7 +54,12 @@ def shard_model(model: nn.Module, world: World, what: ShardName) -> str:
 
     total = sum(p.numel() for p in model.parameters())
     mesh = init_device_mesh(world.device.type, (world.size,))
-    stays = {p for p in model.parameters() if p.requires_grad and what == "base"}
+    stays = {
+        p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+        and (what == "base" or not (trains_base or name.rpartition(".")[2].startswith("lora_")))
+    }
     files = mapped_files()
     for module in [*layers, *_input_embeddings(model, stays)]:
         pages = [(p.data_ptr(), p.nbytes) for p in module.parameters() if p not in stays]
@@ -62,10 +70,10 @@ def shard_model(model: nn.Module, world: World, what: ShardName) -> str:
     _spread(_body(model), mesh, {p for p in model.parameters() if not is_shard(p)})
     model.to(world.device)
     spread = sum(p.numel() for p in model.parameters() if is_shard(p))
-    whole = "what trains, the head and the norms" if what == "base" else "the head and the norms"
+    trained = "what trains, " if what == "base" else ""
     return (
         f"shard: {spread:,} of {total:,} weights ({spread / total:.0%}: {len(layers)} layers) are spread over "
-        f"{world.size} processes; {whole} are whole in each"
+        f"{world.size} processes; {trained}the head and the final norm are whole in each"
     )
 
 

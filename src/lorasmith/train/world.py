@@ -12,6 +12,7 @@ import hashlib
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOST = ("gloo", "Gloo", "NCCL", "onnection closed", "onnection reset")
 """What the messages of a broken process group have in common."""
 BUCKET_BYTES = 32 * 2**20
+SETTLING_S = 0.1
 PATIENCE = timedelta(hours=24)
 """A process that died is noticed at once by its closed connection; one that merely computes is waited for."""
 
@@ -138,7 +140,7 @@ class World:
         padded[: len(rows)] = rows
         found = [torch.empty_like(padded) for _ in range(self.size)] if self.is_first else None
         dist.gather(padded, found)
-        return None if found is None else torch.cat(found)[: shape[0]]
+        return None if found is None else torch.cat([part.cpu() for part in found])[: shape[0]]
 
     def of_first(self, value: Any) -> Any:
         """The first process's value."""
@@ -278,14 +280,18 @@ def _end() -> None:
     """Let go of the process group everywhere, so that its threads end here.
 
     Threads that outlive this hold the last tensors, and abort the interpreter if they free them while it ends
-    (dev/LOG.md). torch's own record of how it placed sharded tensors holds the group too.
+    (dev/LOG.md). torch's own record of how it placed sharded tensors holds the group too. So does a sharded base
+    that the caller has; then at least those tensors shall be free before anything else happens.
     """
+    group = weakref.ref(dist.group.WORLD)
     dist.destroy_process_group()
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor import debug
 
         debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
     gc.collect()
+    if group() is not None:
+        time.sleep(SETTLING_S)
 
 
 def _meeting(here: World) -> Any:
