@@ -10,7 +10,7 @@ from typing import Any
 from lorasmith.analysis import amplification
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
 from lorasmith.claims.learning.rank import QV, described, tuned_ranks
-from lorasmith.claims.learning.sizes import FULL, QUICK
+from lorasmith.claims.learning.sizes import LONG, QUICK, long_sizes
 from lorasmith.claims.learning.subspaces import LARGE, SMALL
 from lorasmith.drawing import BLUE, GREY, ORANGE, label, panels
 from lorasmith.formats import read_adapter
@@ -22,7 +22,7 @@ MOST, HALF = 0.9, 0.5
 
 def measure(setting: Setting) -> Measured:
     """Table 7 for every layer's q, at two ranks."""
-    tuned = tuned_ranks(setting, QV)
+    tuned = tuned_ranks(setting, long_sizes(setting), QV)
     runs = {rank: tuned[rank].runs[0].folder for rank in (SMALL, LARGE)}
 
     def compute() -> dict[int, list[dict[str, Any]]]:
@@ -68,7 +68,7 @@ def judge(found: Mapping[int, Sequence[Mapping[str, float]]]) -> Measured:
         f"In q of {ordered[small]:.0%} (r={small}) and {ordered[large]:.0%} (r={large}) of the {len(found[small])} layers, W has "
         f"more on ΔW's directions than on random ones and less than on its own. The factor ‖ΔW‖ / ‖UᵀWV‖ is {factors[small]:.2g} "
         f"at r={small} and {factors[large]:.2g} at r={large} (median; it is larger at the smaller rank in {falls:.0%} of the "
-        "layers). Its size depends on how long one trains, here very briefly."
+        "layers). Its size depends on how long one trains."
     )
     return Measured(
         verdict, said, {"layers": {str(r): [dict(x) for x in xs] for r, xs in found.items()}}, rows
@@ -104,7 +104,7 @@ CLAIM = Claim(
     "that are in W without emphasis, and the more so the smaller the rank.",
     source="Hu et al. 2021, §7.3, table 7",
     design=f"‖UᵀWV‖ of every layer's q with U, V the top directions of ΔW, of W, and random ones, at r={SMALL} and r={LARGE}, "
-    f"from the runs of the rank claim. Full: {described(FULL)}. Quick: {described(QUICK)}. It holds if random < ΔW < W in "
+    f"from the runs of the rank claim. Full: {described(LONG)}. Quick: {described(QUICK)}. It holds if random < ΔW < W in "
     "90 % of the layers at both ranks and the factor ‖ΔW‖ / ‖UᵀWV‖ is larger at the smaller rank in 90 %; not, if in under half.",
     expected="GPT-3, layer 48: 0.02 (random), 0.32 (ΔW), 21.67 (W) at r=4; 0.33, 1.90, 37.71 at r=64; factor 21.5 and 1.9.",
     measure=measure,

@@ -14,7 +14,7 @@ from lorasmith.claims.learning.measuring import encoded, held_out_loss
 from lorasmith.claims.learning.pictures import level, points_with_spread, size_axis
 from lorasmith.claims.learning.rank import described, tuned_ranks
 from lorasmith.claims.learning.runs import Arm, Tuned, base_for, tune
-from lorasmith.claims.learning.sizes import FULL, QUICK, Sizes, held_out_records, sizes
+from lorasmith.claims.learning.sizes import LONG, QUICK, Sizes, held_out_records, long_sizes
 from lorasmith.claims.learning.spread import all_of, below, difference, pooled
 from lorasmith.drawing import BLUE, ORANGE, label, panels
 from lorasmith.formats import read_adapter
@@ -32,15 +32,15 @@ def full_arm(s: Sizes, pairs: int | None = None) -> Arm:
     return Arm("full", pairs or s.pairs, s.steps, s.held_out)
 
 
-def tuned_full(setting: Setting) -> Tuned:
+def tuned_full(setting: Setting, s: Sizes) -> Tuned:
     """Full fine-tuning at its best rate."""
-    s = sizes(setting)
     return tune(setting, [full_arm(s)], s.full_rates, s.full_seeds)[full_arm(s)]
 
 
 def measure(setting: Setting) -> Measured:
     """Trained losses over the rank, and two updates cut to every rank."""
-    ranks, full = tuned_ranks(setting, "all-linear"), tuned_full(setting)
+    s = long_sizes(setting)
+    ranks, full = tuned_ranks(setting, s, "all-linear"), tuned_full(setting, s)
     of_full = {int(r): x for r, x in _cut_full(setting, full).items()}
     of_lora = {int(r): x for r, x in _cut_lora(setting, ranks[max(ranks)]).items()}
     return judge(ranks, full, of_full, of_lora)
@@ -100,7 +100,7 @@ def _cut_full(setting: Setting, full: Tuned) -> dict[str, float]:
     def compute() -> dict[int, float]:
         setting.say("cutting full fine-tuning's update to growing ranks")
         base = base_for(setting, "full")
-        examples = encoded(base, held_out_records(sizes(setting).held_out))
+        examples = encoded(base, held_out_records(long_sizes(setting).held_out))
         tuned = open_tensors(full.runs[0].folder / "model")
         update = extract_from_full(base.model.state_dict(), tuned, rank=max(cuts), exact_limit=0).adapter
         return {rank: held_out_loss(base, examples, leading(update, rank)) for rank in cuts}
@@ -114,7 +114,7 @@ def _cut_lora(setting: Setting, tuned: Tuned) -> dict[str, float]:
     def compute() -> dict[int, float]:
         setting.say("cutting the trained adapter to growing ranks")
         base = setting.load()
-        examples = encoded(base, held_out_records(sizes(setting).held_out))
+        examples = encoded(base, held_out_records(long_sizes(setting).held_out))
         return dict(
             truncation_curve(
                 read_adapter(tuned.runs[0].folder / "adapter"), lambda a: held_out_loss(base, examples, a),
@@ -161,7 +161,7 @@ CLAIM = Claim(
     source="Hu et al. 2021, §4.1",
     design="LoRA on all linear layers at growing rank against full fine-tuning (float32), each at its own best learning "
     "rate; then full fine-tuning's own change of the linear layers, and that of LoRA at the largest rank, cut by SVD to "
-    f"ranks {', '.join(map(str, CUTS))}. Full: {described(FULL)}, full fine-tuning's rates {FULL.full_rates}. Quick: "
+    f"ranks {', '.join(map(str, CUTS))}. Full: {described(LONG)}, full fine-tuning's rates {LONG.full_rates} and {len(LONG.full_seeds)} seeds. Quick: "
     f"{described(QUICK)}, rate {QUICK.full_rates[0]:g}. It holds if the largest rank lacks less than 10 % of full "
     "fine-tuning's gain and is nearer than the least rank, with 95 % confidence, and the cut update's loss falls with its rank. "
     "Not at this scale if the least rank is as near.",

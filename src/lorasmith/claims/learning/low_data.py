@@ -24,8 +24,8 @@ def measure(setting: Setting) -> Measured:
     s = sizes(setting)
     rank = RANK if RANK in s.ranks else min(s.ranks)
     found: dict[str, dict[int, Tuned]] = {
-        "LoRA": {s.pairs: tuned_ranks(setting, "all-linear")[rank]},
-        "full": {s.pairs: tuned_full(setting)},
+        "LoRA": {s.pairs: tuned_ranks(setting, s, "all-linear")[rank]},
+        "full": {s.pairs: tuned_full(setting, s)},
         "prefix": {s.pairs: tuned_lengths(setting)[LENGTH]},
     }
     for few in s.few:

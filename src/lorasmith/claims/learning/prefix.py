@@ -24,7 +24,7 @@ def tuned_lengths(setting: Setting) -> dict[int, Tuned]:
 
 def measure(setting: Setting) -> Measured:
     """Losses over the length of a prefix and over the rank."""
-    ranks = tuned_ranks(setting, "all-linear")
+    ranks = tuned_ranks(setting, sizes(setting), "all-linear")
     return judge(tuned_lengths(setting), ranks)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from lorasmith.claims.claim import Claim, Holds, Measured, Setting
 from lorasmith.claims.learning.pictures import points_with_spread, size_axis
 from lorasmith.claims.learning.runs import Arm, Tuned, tune
-from lorasmith.claims.learning.sizes import FULL, QUICK, Sizes, sizes
+from lorasmith.claims.learning.sizes import LONG, QUICK, Sizes, long_sizes
 from lorasmith.claims.learning.spread import all_of, below, difference, pooled
 from lorasmith.drawing import BLUE, ORANGE, label, panels
 
@@ -17,23 +17,23 @@ ENOUGH = 0.05
 """Share of the best rank's gain that the smallest rank may lack and still suffice."""
 
 
-def rank_arms(setting: Setting, targets: str | tuple[str, ...]) -> dict[int, Arm]:
+def rank_arms(s: Sizes, targets: str | tuple[str, ...]) -> dict[int, Arm]:
     """Rank → its run."""
-    s = sizes(setting)
     ranks = s.ranks if targets == "all-linear" else s.qv_ranks
     return {r: Arm("lora", s.pairs, s.steps, s.held_out, rank=r, targets=targets) for r in ranks}
 
 
-def tuned_ranks(setting: Setting, targets: str | tuple[str, ...]) -> dict[int, Tuned]:
+def tuned_ranks(setting: Setting, s: Sizes, targets: str | tuple[str, ...]) -> dict[int, Tuned]:
     """Rank → its runs at its best rate."""
-    s, arms = sizes(setting), rank_arms(setting, targets)
+    arms = rank_arms(s, targets)
     found = tune(setting, arms.values(), s.rates, s.seeds)
     return {rank: found[arm] for rank, arm in arms.items()}
 
 
 def measure(setting: Setting) -> Measured:
     """Losses over the rank for two sets of matrices, and what the smallest rank lacks."""
-    curves = {"q, v": tuned_ranks(setting, QV), "all linear": tuned_ranks(setting, "all-linear")}
+    s = long_sizes(setting)
+    curves = {"q, v": tuned_ranks(setting, s, QV), "all linear": tuned_ranks(setting, s, "all-linear")}
     return judge(curves)
 
 
@@ -91,8 +91,8 @@ CLAIM = Claim(
     title="A very small rank suffices",
     claim="A rank as low as one adapts a model about as well as a rank of 64 does.",
     source="Hu et al. 2021, §7.2, tables 6 and 18",
-    design=f"LoRA on q and v and on all linear layers at several ranks, alpha 32. Full: ranks {FULL.qv_ranks} on q, v "
-    f"and {FULL.ranks} on all; {described(FULL)}. Quick: {described(QUICK)}. It holds if in both the smallest "
+    design=f"LoRA on q and v and on all linear layers at several ranks, alpha 32. Full: ranks {LONG.qv_ranks} on q, v "
+    f"and {LONG.ranks} on all; {described(LONG)}. Quick: {described(QUICK)}. It holds if in both the smallest "
     "rank lacks less than 5 % of the best rank's gain over the base, with 95 % confidence.",
     expected="GPT-3, WikiSQL accuracy ± 0.5: q, v 73.4 at r=1, 73.5 at r=64; all of attention 74.1 and 73.9. GPT-2 M, E2E "
     "validation loss: 1.23 at r=1, 1.16 from r=16 on.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorasmith.claims.claim import Setting
 from lorasmith.data import read_records, sample_path
@@ -64,6 +64,8 @@ FULL = Sizes(
     projections=2,
     byte_steps=300,
 )
+LONG = replace(FULL, steps=64, rates=(1e-3, 3e-3))
+"""For what a short training can't show: what its rank does for an adapter, and what it has learned."""
 QUICK = Sizes(
     steps=3,
     held_out=16,
@@ -85,6 +87,11 @@ QUICK = Sizes(
 def sizes(setting: Setting) -> Sizes:
     """Those of the setting."""
     return QUICK if setting.quick else FULL
+
+
+def long_sizes(setting: Setting) -> Sizes:
+    """Those of the claims about the rank and the update itself."""
+    return QUICK if setting.quick else LONG
 
 
 def training_records(pairs: int) -> list[dict[str, str]]:
