@@ -70,8 +70,6 @@ def plan(
         raise ConfigError("--measure runs on this machine; it cannot calibrate a device that is not here.")
     if measure and processes > 1:
         raise ConfigError("--measure runs steps in this process alone; leave it out, or --processes.")
-    if quantize and (measure or shard in ("base", "all")):
-        raise ConfigError("--quantize goes with neither --measure nor --shard; leave one of them out.")
     limit = parse_bytes(budget) if budget else None
     run = read_run_file(config) if config else {}
     asked = run.get("lora", {}) | given(flags, "rank")
@@ -80,6 +78,8 @@ def plan(
         flags, "batch_size", "batch_tokens", "max_length", "epochs", "max_steps", "packing",
         "kernels", "recompute", "offload", "shard",
     ))  # fmt: skip
+    if quantize and (measure or settings.shard != "none"):
+        raise ConfigError("--quantize goes with neither --measure nor --shard; leave one of them out.")
     if measure:
         limit_kept_kernels()  # as `train` does, and before this process multiplies anything
     settings = replace(settings, budget_bytes=limit)

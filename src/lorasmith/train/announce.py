@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""What a run says of itself: before its first step, and when it can take no other."""
 
 from __future__ import annotations
 
@@ -50,3 +50,13 @@ def _of_settings(run: Run) -> Iterator[str]:
         yield f"resuming after step {run.progress.step}"
     if run.adds_otherwise:
         yield "  with other processes, or what trains in other parts: equal within rounding, no longer to the bit"
+
+
+def not_finite(run: Run, loss: float, norm: float, lr: float) -> str:
+    """Why a run stops whose next step would spoil what it trains."""
+    done = run.progress.step
+    kept = f"in {run.folder / 'checkpoints'}" if done else "(nothing was trained yet)"
+    return (
+        f"Step {done + 1}: loss {loss}, gradient norm {norm}, at learning rate {lr:.2g}. The state after step {done} is "
+        f"good and was kept {kept}. Use a lower learning rate, or look at the data of this step: examples {run.plan[done]}."
+    )

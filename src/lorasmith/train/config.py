@@ -187,6 +187,8 @@ def _faults(c: TrainConfig) -> Iterable[str]:
         yield f"betas={c.betas!r}: use two numbers of at least 0 and below 1"
     if not isinstance(c.seed, int) or c.seed < 0:
         yield f"seed={c.seed!r}: use a whole number from 0"
+    if c.shard != "none" and c.offload != "none":
+        yield f"offload={c.offload!r} and shard={c.shard!r} would both move the same weights: leave one of them out"
     for name, choices in _CHOICES.items():
         if getattr(c, name) not in get_args(choices):
             yield f"{name}={getattr(c, name)!r}: use one of {', '.join(get_args(choices))}"

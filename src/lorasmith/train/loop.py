@@ -23,7 +23,7 @@ from lorasmith.inject import lora_layers
 from lorasmith.lora import Adapter, LoRAConfig
 from lorasmith.planning import resident_bytes, trim_heap
 from lorasmith.quantised import quantisation_of
-from lorasmith.train.announce import announce
+from lorasmith.train.announce import announce, not_finite
 from lorasmith.train.batch import Batch, Layout, choose_layout
 from lorasmith.train.checkpoint import (
     Progress,
@@ -74,7 +74,8 @@ def train(
 
     The base is left as it was: LoRA is taken off again and the modes are restored. (Full fine-tuning,
     `method="full"`, is about changing it: `base.model` then holds the tuned weights; and a sharded base is of no
-    use any more, for its weights lie in several processes.) Under `torchrun` its processes train one adapter together, as one process would; a restart by torchrun goes on by itself.
+    use any more, for its weights lie in several processes.) Under `torchrun` its processes train one adapter
+    together, as one process would; a restart by torchrun goes on by itself.
 
     Args:
         base: a loaded base, or a name for `load_base`.
@@ -92,40 +93,21 @@ def train(
     limit_kept_kernels()
     config, settings = config or LoRAConfig(), train_config or TrainConfig()
     with world() as here, partners():
-        # a function of its own, for the process group lives as long as a sharded base that a frame holds
-        return _train(
-            base, data, eval_data, config, settings, Path(out), here,
-            resume=resume, quiet=quiet, started=started, on_step=on_step,
-        )  # fmt: skip
-
-
-def _train(
-    base: Base | str,
-    data: Any,
-    eval_data: Any,
-    config: LoRAConfig,
-    settings: TrainConfig,
-    out: Path,
-    here: World,
-    *,
-    resume: bool,
-    quiet: bool,
-    started: float,
-    on_step: Callable[[int], None] | None,
-) -> TrainResult:
-    device = "cpu" if here.size == 1 or settings.shard != "none" else here.device
-    loaded = load_base(base, device=device) if isinstance(base, str) else base
-    sets = Sets.read(loaded, data, eval_data, settings)
-    is_new, goes_on = not out.exists(), resume or here.has_begun(out)
-    folder = prepare_folder(out, goes_on)
-    try:
-        run = Run(loaded, config, settings, sets, folder, quiet=quiet, world=here)
-        with run.adapted_model():
-            return run.go(resume=goes_on, started=started, on_step=on_step)
-    finally:
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            if is_new and not any(folder.iterdir()):  # refused before anything was written
-                folder.rmdir()
+        device = "cpu" if here.size == 1 or settings.shard != "none" else here.device
+        loaded = load_base(base, device=device) if isinstance(base, str) else base
+        sets = Sets.read(loaded, data, eval_data, settings)
+        is_new, goes_on = not Path(out).exists(), resume or here.has_begun(Path(out))
+        folder = prepare_folder(Path(out), goes_on)
+        try:
+            run = Run(loaded, config, settings, sets, folder, quiet=quiet, world=here)
+            with run.adapted_model():
+                result = run.go(resume=goes_on, started=started, on_step=on_step)
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                if is_new and not any(folder.iterdir()):  # refused before anything was written
+                    folder.rmdir()
+        del loaded, run  # a sharded base would keep the process group beyond its end
+        return result
 
 
 class Run:
@@ -280,9 +262,7 @@ class Run:
 
     def _resume(self) -> Progress:
         path = latest_checkpoint(self.folder / "checkpoints")
-        if path is None:
-            return Progress(identity=self._identity())
-        return self._load(path)
+        return Progress(identity=self._identity()) if path is None else self._load(path)
 
     def _load(self, path: Path) -> Progress:
         now = self._identity()
@@ -363,23 +343,14 @@ class Run:
         norm = self.shards.clip_grad_norm_(self.settings.clip, self.world)
         if not (math.isfinite(mean) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
-            self._fail(mean, norm, lr)
+            if self.progress.step:
+                self._save()
+            raise TrainingError(not_finite(self, mean, norm, lr))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return mean, norm
-
-    def _fail(self, loss: float, norm: float, lr: float) -> None:
-        if self.progress.step:
-            self._save()
-        raise TrainingError(
-            f"Step {self.progress.step + 1}: loss {loss}, gradient norm {norm}, at learning rate {lr:.2g}. "
-            f"The state after step {self.progress.step} is good and was kept"
-            + (f" in {self.folder / 'checkpoints'}" if self.progress.step else " (nothing was trained yet)")
-            + ". Use a lower learning rate, or look at the data of this step: "
-            f"examples {self.plan[self.progress.step]}."
-        )
 
     def _evaluate(self) -> float:
         assert self.sets.evaluation is not None

@@ -68,11 +68,6 @@ def method_of(
     Raises:
         ConfigError: it cannot be trained with these settings.
     """
-    if settings.shard != "none" and settings.offload != "none":
-        raise ConfigError(
-            f'offload="{settings.offload}" and shard="{settings.shard}" would both move the same weights: leave one of '
-            "them out."
-        )
     if quantised and (settings.method in NEEDS_WEIGHTS or settings.shard != "none"):
         raise ConfigError(
             f'The base is quantised ({quantised.kind}): its codes can neither be trained (method="{settings.method}") nor '
