@@ -142,7 +142,7 @@ def test_what_one_process_wrote_in_parts_comes_back(tmp_path):
     found = load_shards(tmp_path / "made", room)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], t) for name, t in tensors.items())
-    with pytest.raises(ValueError, match="Size mismatch.*param/a"):
+    with pytest.raises(ValueError, match=r"Size mismatch.*param/a"):
         load_shards(tmp_path / "made", {"param/a": torch.zeros(2, 2)})
 
 
